@@ -1,0 +1,166 @@
+"""`HybridRecipe`: one model and one way to run it, checked as a whole.
+
+A recipe is plain data. Everything else (the NeMo configuration, the lowered command line,
+the size plan) is derived from it. Constructing one runs every rule that crosses its parts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from megacpp_nemo.contract.errors import RecipeError, nearest
+from megacpp_nemo.contract.pattern import FULL_NAM56R_PATTERN, BlockFamily, LayerPattern
+from megacpp_nemo.contract.rules import check_recipe
+from megacpp_nemo.contract.shapes import ModelShape
+from megacpp_nemo.contract.training import (
+    Batch,
+    Cadence,
+    Features,
+    OptimizerSchedule,
+    Parallelism,
+    Precision,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HybridRecipe:
+    """Structured intent for one hybrid language model and its training run.
+
+    Args:
+        name: The recipe's name, as on NeMo's command line.
+        pattern: Block families, tiled to `depth`; text such as `AEMEAEMEAEMR` is parsed.
+        depth: Number of layers.
+        model: Widths, heads and counts.
+        parallelism: How the model is laid over processes.
+        precision: Arithmetic; text such as `bf16` is looked up.
+        batch: Rows per step.
+        schedule: Optimizer and learning rate.
+        cadence: What happens how often.
+        features: What the model is made of beyond its pattern.
+
+    Raises:
+        PatternError: If the pattern cannot be read or does not fit `depth`.
+        RecipeError: If the parts contradict each other.
+    """
+
+    name: str = "nam56r"
+    pattern: LayerPattern = field(
+        default_factory=lambda: LayerPattern.parse(FULL_NAM56R_PATTERN),
+    )
+    depth: int = 52
+    model: ModelShape = field(default_factory=ModelShape)
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    precision: Precision = Precision.BF16
+    batch: Batch = field(default_factory=Batch)
+    schedule: OptimizerSchedule = field(default_factory=OptimizerSchedule)
+    cadence: Cadence = field(default_factory=Cadence)
+    features: Features = field(default_factory=Features)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.pattern, str):
+            object.__setattr__(self, "pattern", LayerPattern.parse(self.pattern))
+        object.__setattr__(self, "precision", Precision.from_name(self.precision))
+        check_recipe(self)
+
+    @property
+    def layers(self) -> LayerPattern:
+        """The pattern laid out to `depth`."""
+        return self.pattern.tile(self.depth)
+
+    @property
+    def sparse_layer_numbers(self) -> tuple[int, ...]:
+        """1-based numbers of the attention layers that use DSA; empty when it is off."""
+        if not self.features.sparse_attention:
+            return ()
+        ranks = self.layers.a_ranks()
+        return tuple(ranks[rank] for rank in self.model.sparse_attention.a_ranks)
+
+    def has(self, family: BlockFamily) -> bool:
+        """Whether any layer is of `family`."""
+        return family in self.layers.layers
+
+
+def field_paths(owner: Any = HybridRecipe) -> dict[str, Any]:
+    """Return every leaf field of a recipe as dotted path to default value.
+
+    `{"depth": 52, "model.hidden_size": 3584, "model.mamba.num_heads": 56, ...}`
+    """
+    instance = owner() if isinstance(owner, type) else owner
+    leaves: dict[str, Any] = {}
+    for item in dataclasses.fields(instance):
+        value = getattr(instance, item.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, LayerPattern):
+            leaves.update({f"{item.name}.{k}": v for k, v in field_paths(value).items()})
+        else:
+            leaves[item.name] = value
+    return leaves
+
+
+def with_fields(recipe: HybridRecipe, **changes: Any) -> HybridRecipe:
+    """Return the recipe with some leaf fields changed, checked as a whole.
+
+    A field is named by its dotted path with `__` for `.` (`model__mamba__num_heads=64`), or by
+    the shortest ending of the path that no other field shares (`hidden_size=2048`).
+
+    Raises:
+        RecipeError: If a name fits no field or several, or the result contradicts itself.
+    """
+    return with_paths(recipe, {name.replace("__", "."): value for name, value in changes.items()})
+
+
+def with_paths(recipe: HybridRecipe, changes: dict[str, Any]) -> HybridRecipe:
+    """Return the recipe with leaf fields changed by dotted path, or by a path's unique ending.
+
+    All changes are made before the result is checked, so that settings that only fit together
+    can be changed together.
+
+    Raises:
+        RecipeError: If a name fits no field or several, or the result contradicts itself.
+    """
+    leaves = field_paths(recipe)
+    return _replaced(recipe, {resolve_field(name, leaves): v for name, v in changes.items()})
+
+
+def resolve_field(name: str, leaves: dict[str, Any] | None = None) -> str:
+    """Return the dotted path that `name` stands for: itself, or the one path that ends in it.
+
+    Raises:
+        RecipeError: If no field, or more than one, is meant.
+    """
+    leaves = field_paths() if leaves is None else leaves
+    if name in leaves:
+        return name
+    fits = [path for path in leaves if path.endswith(f".{name}")]
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        raise RecipeError(
+            f"Several recipe fields are called {name!r}",
+            given=name,
+            allowed=", ".join(fits),
+            hint=f"the full path, such as {fits[0]!r}",
+        )
+    endings = {path.rpartition(".")[2]: path for path in leaves}
+    close = nearest(name.rpartition(".")[2], endings)
+    raise RecipeError(
+        f"No recipe field is called {name!r}",
+        given=name,
+        allowed=", ".join(sorted(leaves)),
+        hint=f"{endings[close]!r}" if close else "one of the paths above",
+    )
+
+
+def _replaced(owner: Any, changes: dict[str, Any]) -> Any:
+    here: dict[str, Any] = {}
+    below: dict[str, dict[str, Any]] = {}
+    for path, value in changes.items():
+        head, _, rest = path.partition(".")
+        if rest:
+            below.setdefault(head, {})[rest] = value
+        else:
+            here[head] = value
+    for head, inner in below.items():
+        here[head] = _replaced(getattr(owner, head), inner)
+    return dataclasses.replace(owner, **here)
