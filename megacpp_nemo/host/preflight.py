@@ -1,0 +1,190 @@
+"""Refusals before training starts: what would be silently wrong, or cannot run here.
+
+Each check collects every reason it finds, so that one message names all there is to change.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+from megacpp_nemo.contract.errors import RuntimeRefusal
+from megacpp_nemo.contract.pattern import BlockFamily
+from megacpp_nemo.contract.rules import check_layout
+
+BUILT = (
+    BlockFamily.ATTENTION,
+    BlockFamily.EXPERTS,
+    BlockFamily.MAMBA,
+    BlockFamily.RECURRENT,
+)
+
+
+def require_packages(config: Any) -> None:
+    """Refuse a configuration whose required packages are not installed.
+
+    Raises:
+        RuntimeRefusal: Naming the missing packages.
+    """
+    missing = [
+        name.replace("_", "-")
+        for name in config.required_packages
+        if importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        raise RuntimeRefusal(
+            f"This model needs packages that are not installed: {', '.join(missing)}",
+            given=f"required_packages={tuple(config.required_packages)}",
+            allowed="a machine with these packages, such as a GPU container",
+            hint="the _tiny or _smoke recipes, which train without them; or "
+            "pip install 'megacpp-nemo[gpu]' on a CUDA machine",
+        )
+
+
+def refuse_unbuilt(config: Any) -> None:
+    """Refuse what a configuration asks for and no layer would carry out.
+
+    Upstream takes several of these settings and builds nothing for them.
+
+    Raises:
+        RuntimeRefusal: Naming every such setting and what turns it off.
+    """
+    asked = [reason for reason in _unbuilt(config) if reason is not None]
+    if asked:
+        raise RuntimeRefusal(
+            "The model asks for what is not built here:\n    "
+            + "\n    ".join(what for what, _, _ in asked),
+            given=", ".join(given for _, given, _ in asked),
+            allowed="settings that a layer of the model carries out",
+            hint=", ".join(off for _, _, off in asked),
+        )
+
+
+def _unbuilt(config: Any) -> list[tuple[str, str, str] | None]:
+    from megacpp_nemo.host.compat import transformer_engine_available
+
+    engine = transformer_engine_available()
+    families = [f for f in config.layers.counts() if f not in BUILT]
+    return [
+        _when(
+            config.mtp_num_layers,
+            "multi-token prediction (MTP): Megatron 0.16 accepts it on a hybrid model and "
+            "builds nothing",
+            f"mtp_num_layers={config.mtp_num_layers}",
+            "mtp_num_layers=0",
+        ),
+        _when(
+            config.dsa_a_ranks,
+            "sparse attention (DSA) on chosen attention layers",
+            f"dsa_a_ranks={config.dsa_a_ranks}",
+            "sparse_attention=False",
+        ),
+        _when(
+            config.mamba_lane != "native",
+            "the authored Mamba-3 mixer",
+            f"mamba_lane={config.mamba_lane!r}",
+            "mamba='native'",
+        ),
+        _when(config.ngram_hash, "the hashed n-gram memory", "ngram_hash=True", "ngram_hash=False"),
+        _when(
+            config.structure,
+            "the code-structure channels",
+            f"structure={config.structure!r}",
+            "structure=None",
+        ),
+        _when(
+            families,
+            "layers of these families: " + ", ".join(f.name.lower() for f in families),
+            f"pattern {config.hybrid_override_pattern}",
+            "a pattern of A, E, M and R",
+        ),
+        _when(
+            config.context_parallel_size > 1,
+            "recurrent layers under context parallelism",
+            f"context_parallel_size={config.context_parallel_size}",
+            "context_parallel_size=1",
+        ),
+        _when(
+            config.virtual_pipeline_model_parallel_size,
+            "virtual pipeline stages of a hybrid model",
+            f"virtual_pipeline_model_parallel_size={config.virtual_pipeline_model_parallel_size}",
+            "virtual_pipeline_model_parallel_size=None",
+        ),
+        _when(
+            config.fp8 and not engine,
+            "FP8 without Transformer Engine",
+            f"fp8={config.fp8!r}",
+            "precision='bf16', or install transformer-engine",
+        ),
+        _when(
+            config.reset_attention_mask and engine,
+            "attention within documents on Transformer Engine's attention",
+            "reset_attention_mask=True",
+            "reset_attention_mask=False",
+        ),
+    ]
+
+
+def _when(asked: Any, what: str, given: str, off: str) -> tuple[str, str, str] | None:
+    return (what, given, off) if asked else None
+
+
+def refuse_layout(config: Any, *, world_size: int) -> None:
+    """Refuse parallel sizes that the model does not divide over, or that train wrongly.
+
+    Raises:
+        RecipeError: If heads, experts, layers or tokens do not divide.
+        RuntimeRefusal: If every expert-parallel rank would draw the same experts.
+    """
+    from megacpp_nemo.model.shape import parallelism_of, shape_of
+
+    model, features = shape_of(config)
+    check_layout(config.layers, model, features, parallelism_of(config, world_size=world_size))
+    if config.expert_model_parallel_size > 1 and config.use_cpu_initialization:
+        raise RuntimeRefusal(
+            "Megatron's CPU initialization draws the same experts on every expert-parallel rank",
+            given=f"use_cpu_initialization=True, "
+            f"expert_model_parallel_size={config.expert_model_parallel_size}",
+            allowed="use_cpu_initialization=False, which seeds each rank's experts apart",
+            hint="model.config.use_cpu_initialization=False",
+        )
+
+
+def refuse_resume(*, resuming: bool, distributed_optimizer: bool, on_cpu: bool) -> None:
+    """Refuse to resume the distributed optimizer on a CPU, where it diverges.
+
+    Without a fused optimizer, Megatron restores one `step` tensor shared by all parameters.
+
+    Raises:
+        RuntimeRefusal: If that combination is about to run.
+    """
+    if resuming and distributed_optimizer and on_cpu:
+        raise RuntimeRefusal(
+            "Resuming the distributed optimizer on a CPU diverges from the second step",
+            given="use_distributed_optimizer=True, a checkpoint to resume, no CUDA device",
+            allowed="the plain optimizer on a CPU, or a CUDA device",
+            hint="use_distributed_optimizer=False from the start of the run",
+        )
+
+
+def check_optimizer_steps(optimizer: Any, *, expected: int) -> None:
+    """Check that every restored optimizer step count is the checkpoint's.
+
+    Args:
+        optimizer: Megatron's optimizer, chained or not.
+        expected: Steps taken when the checkpoint was saved.
+
+    Raises:
+        RuntimeRefusal: If any parameter's step count is another.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = getattr(part, "optimizer", None)
+        for state in getattr(inner, "state", {}).values():
+            step = state.get("step")
+            if step is not None and int(step) != expected:
+                raise RuntimeRefusal(
+                    "The optimizer was restored with a wrong step count",
+                    given=f"step {int(step)} after loading a checkpoint of step {expected}",
+                    allowed=f"step {expected} for every parameter",
+                    hint="another checkpoint, or start the optimizer anew",
+                )

@@ -1,0 +1,116 @@
+"""NeMo's Megatron strategy, on the machine at hand.
+
+Where there is no CUDA device it installs the CPU runtime for the length of the run; on every
+machine it checks the layout before groups are made and the optimizer after it is restored.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from megacpp_nemo.host import compat
+
+compat.install()  # before NeMo, whose checkpoint module needs one of the adapters
+
+from nemo.lightning.pytorch.strategies import MegatronStrategy  # noqa: E402
+
+from megacpp_nemo.host.console import announce, quiet_terminal  # noqa: E402
+from megacpp_nemo.host.cpu import RUNTIME  # noqa: E402
+from megacpp_nemo.host.preflight import (  # noqa: E402
+    check_optimizer_steps,
+    refuse_layout,
+    refuse_resume,
+    refuse_unbuilt,
+)
+
+logger = logging.getLogger(__name__)
+
+# Fusions whose kernels are CUDA's; on a CPU their torch forms compile for longer than they save.
+CUDA_FUSIONS = (
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "cross_entropy_loss_fusion",
+    "gradient_accumulation_fusion",
+    "masked_softmax_fusion",
+    "moe_permute_fusion",
+)
+
+
+class HybridStrategy(MegatronStrategy):
+    """`MegatronStrategy` for hybrid models, on GPUs or on a CPU.
+
+    Takes the arguments of NeMo's class.
+
+    Raises:
+        RecipeError: If the model does not divide over the parallel sizes.
+        RuntimeRefusal: If the run would be silently wrong; see `host.preflight`.
+    """
+
+    def connect(self, model: Any) -> None:
+        """Attach the model, after making its configuration fit the machine."""
+        quiet_terminal()
+        announce()
+        if not torch.cuda.is_available():
+            _without_cuda_fusions(model.config)
+        super().connect(model)
+        refuse_unbuilt(model.config)
+
+    def setup_environment(self) -> None:
+        """Start the process group; on a machine without CUDA, the CPU runtime first."""
+        if RUNTIME.install():
+            logger.info("no CUDA device: CUDA calls run on the CPU")
+            self.async_save = False  # the CPU runtime saves in this process
+        logger.info("adapters in force: %s", ", ".join(compat.install()) or "none")
+        super().setup_environment()
+
+    def setup_distributed(self) -> None:
+        """Check the layout against the processes there are, then make the parallel groups."""
+        config = getattr(self.lightning_module, "config", None)
+        if config is not None and self.cluster_environment is not None:
+            refuse_layout(config, world_size=self.cluster_environment.world_size())
+        super().setup_distributed()
+
+    def setup(self, trainer: Any) -> None:
+        """Build the model and the optimizer, refusing a resume that would diverge."""
+        refuse_resume(
+            resuming=bool(trainer.ckpt_path) and self.ckpt_load_optimizer,
+            distributed_optimizer=bool(
+                self.ddp_config and self.ddp_config.use_distributed_optimizer
+            ),
+            on_cpu=RUNTIME.installed,
+        )
+        super().setup(trainer)
+
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load a checkpoint; its optimizer's step counts are checked when training starts."""
+        checkpoint = super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        if checkpoint.get("optimizer") and self.should_restore_optimizer_states():
+            self._restored_step = checkpoint.get("global_step")
+        return checkpoint
+
+    def on_train_start(self) -> None:
+        """Check the restored optimizer before its first step."""
+        super().on_train_start()
+        expected = getattr(self, "_restored_step", None)
+        if expected is not None:
+            for optimizer in self.optimizers:
+                check_optimizer_steps(
+                    getattr(optimizer, "mcore_optimizer", optimizer), expected=expected
+                )
+            self._restored_step = None
+
+    def teardown(self) -> None:
+        """Tear the run down and put CUDA's names back."""
+        try:
+            super().teardown()
+        finally:
+            RUNTIME.uninstall()
+
+
+def _without_cuda_fusions(config: Any) -> None:
+    for name in CUDA_FUSIONS:
+        if getattr(config, name, False):
+            setattr(config, name, False)

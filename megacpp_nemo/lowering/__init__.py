@@ -1,0 +1,1 @@
+"""From a recipe to what other systems call its settings."""

@@ -1,0 +1,204 @@
+"""The model as NeMo sees it: one configuration dataclass and one Lightning module.
+
+- `HybridConfig`: Megatron's configuration of the whole model, plus what is ours.
+- `HybridModel`: NeMo's Mamba model over a hybrid stack.
+- `hybrid_data_step`, `hybrid_forward_step`: document boundaries on their way to the layers.
+"""
+
+# NeMo-Run reads these annotations to parse its command line: it resolves neither annotations
+# kept as text nor `X | Y`.
+# ruff: noqa: UP045
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Optional
+
+from megatron.core import parallel_state
+from megatron.core.models.mamba import MambaModel as MegatronMambaModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+from torch import Tensor, nn
+
+from megacpp_nemo.contract.errors import RecipeError
+from megacpp_nemo.contract.pattern import FULL_NAM56R_PATTERN, BlockFamily, LayerPattern
+from megacpp_nemo.contract.rules import check_model
+from megacpp_nemo.host import compat
+
+compat.install()  # before NeMo, whose checkpoint module needs one of the adapters
+
+from nemo.collections.llm.gpt.model.base import gpt_data_step  # noqa: E402
+from nemo.collections.llm.gpt.model.ssm import MambaModel, SSMConfig  # noqa: E402
+from nemo.collections.llm.utils import Config  # noqa: E402
+from nemo.lightning import OptimizerModule, get_vocab_size  # noqa: E402
+
+from megacpp_nemo.host.preflight import refuse_unbuilt, require_packages  # noqa: E402
+from megacpp_nemo.model.documents import DocumentBoundaries  # noqa: E402
+from megacpp_nemo.model.shape import shape_of  # noqa: E402
+from megacpp_nemo.model.specs import hybrid_stack_spec  # noqa: E402
+
+
+def hybrid_data_step(dataloader_iter: Any) -> dict[str, Any]:
+    """Return the next batch for this pipeline stage, with document ids on every stage.
+
+    NeMo's own step keeps tokens on the first stage and labels on the last; recurrent layers
+    need document ids `[batch, seq]` wherever they stand.
+    """
+    batch = next(dataloader_iter)
+    tensors = batch[0] if isinstance(batch, tuple) else batch
+    kept = gpt_data_step(iter([batch]))
+    if "document_ids" in tensors:
+        kept["document_ids"] = tensors["document_ids"].cuda(non_blocking=True)
+    return kept
+
+
+def hybrid_forward_step(model: "HybridModel", batch: dict[str, Any]) -> Tensor:
+    """Run the model on a batch of packed rows.
+
+    Rows without `document_ids` are each one document.
+    """
+    ids = batch.get("document_ids") if model.config.reset_state else None
+    return model(
+        input_ids=batch["tokens"],
+        position_ids=batch["position_ids"],
+        labels=batch["labels"],
+        packed_seq_params=None if ids is None else DocumentBoundaries.from_ids(ids),
+    )
+
+
+@dataclass
+class HybridConfig(SSMConfig, MLATransformerConfig):
+    """Megatron configuration of a hybrid model.
+
+    Fields of Megatron keep Megatron's names. `hybrid_override_pattern` holds our pattern
+    (`AEMEAEMEAEMR`, tiled to `num_layers`), read by `HybridStack`.
+
+    Args:
+        m2rnn_num_heads: Value, gate and transition heads of R layers.
+        m2rnn_num_qk_heads: Query/key heads of R layers.
+        m2rnn_key_dim: Rows of the recurrent state.
+        m2rnn_value_dim: Columns of the recurrent state.
+        m2rnn_conv_width: Taps of the R layers' convolution.
+        m2rnn_state_gradient_clip: Elementwise bound on the state's gradient.
+        mamba_lane: `native` for Mamba-2, `author` for Mamba-3.
+        mamba_path: `auto`, `fused` or `portable` native mixer.
+        mamba_conv_width: Taps of the Mamba layers' convolution.
+        mamba_chunk_size: Tokens per chunk of the Mamba scan.
+        dsa_a_ranks: A-ranks whose attention is sparse.
+        ngram_hash: Hashed n-gram memory on the input side.
+        structure: Code-structure channels on the input side: None, `core` or `all`.
+        reset_state: M and R layers start anew at each document of a packed row.
+        reset_attention_mask: Attention stays within each document of a packed row.
+        mamba_stack_spec: Function from this configuration to the spec of its stack.
+        required_packages: Import names without which the model refuses to be built.
+
+    Raises:
+        PatternError: If the pattern cannot be read or does not fit `num_layers`.
+        RecipeError: If the sizes contradict each other.
+    """
+
+    hybrid_override_pattern: str = FULL_NAM56R_PATTERN
+    num_layers: int = 52
+    hidden_size: int = 3584
+    num_attention_heads: int = 56
+    rope_type: str = "rope"
+    apply_rope_fusion: bool = False
+    qk_layernorm: bool = True
+    m2rnn_num_heads: int = 44
+    m2rnn_num_qk_heads: int = 1
+    m2rnn_key_dim: int = 64
+    m2rnn_value_dim: int = 16
+    m2rnn_conv_width: int = 4
+    m2rnn_state_gradient_clip: float = 1.0
+    mamba_lane: str = "native"
+    mamba_path: str = "auto"
+    mamba_conv_width: int = 4
+    mamba_chunk_size: int = 128
+    dsa_a_ranks: tuple[int, ...] = ()
+    ngram_hash: bool = False
+    structure: Optional[str] = None
+    reset_state: bool = True
+    reset_attention_mask: bool = False
+    required_packages: tuple[str, ...] = ()
+    mamba_stack_spec: Callable[..., ModuleSpec] = hybrid_stack_spec
+    forward_step_fn: Callable = hybrid_forward_step
+    data_step_fn: Callable = hybrid_data_step
+
+    def __post_init__(self) -> None:
+        self.dsa_a_ranks = tuple(self.dsa_a_ranks)
+        self.required_packages = tuple(self.required_packages)
+        layers = LayerPattern.parse(self.hybrid_override_pattern).tile(self.num_layers)
+        check_model(layers, *shape_of(self))
+        if BlockFamily.EXPERTS in layers.layers and not self.num_moe_experts:
+            raise RecipeError(
+                "The pattern has expert layers, but the model has no experts",
+                given=f"pattern {self.hybrid_override_pattern}, num_moe_experts=None",
+                allowed="a number of experts, or a pattern without E",
+                hint="num_moe_experts=16",
+            )
+        if self.multi_latent_attention:
+            # Latent attention makes keys and values for every head; a smaller group count would
+            # make Megatron's attention cores repeat them.
+            self.num_query_groups = self.num_attention_heads
+        super().__post_init__()
+
+    @property
+    def layers(self) -> LayerPattern:
+        """The pattern laid out to `num_layers`."""
+        return LayerPattern.parse(self.hybrid_override_pattern).tile(self.num_layers)
+
+    def configure_model(
+        self,
+        tokenizer: Any,
+        pre_process: Optional[bool] = None,
+        post_process: Optional[bool] = None,
+        vp_stage: Optional[int] = None,
+    ) -> MegatronMambaModel:
+        """Build this pipeline stage of the model on the current parallel groups.
+
+        Raises:
+            RuntimeRefusal: If the configuration asks for something that is not built here.
+        """
+        refuse_unbuilt(self)
+        return MegatronMambaModel(
+            self,
+            mamba_stack_spec=self.mamba_stack_spec(self),
+            vocab_size=get_vocab_size(
+                self, tokenizer.vocab_size, self.make_vocab_size_divisible_by
+            ),
+            max_sequence_length=self.seq_length,
+            hybrid_override_pattern=self.hybrid_override_pattern,
+            fp16_lm_cross_entropy=self.fp16_lm_cross_entropy,
+            parallel_output=self.parallel_output,
+            share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
+            position_embedding_type=self.position_embedding_type,
+            rotary_percent=self.rotary_percent,
+            rotary_base=self.rotary_base,
+            seq_len_interpolation_factor=self.seq_len_interpolation_factor,
+            pre_process=pre_process or parallel_state.is_pipeline_first_stage(),
+            post_process=post_process or parallel_state.is_pipeline_last_stage(),
+        )
+
+
+class HybridModel(MambaModel):
+    """NeMo's Mamba model over a stack of attention, Mamba, expert and recurrent layers.
+
+    Args:
+        config: The model's configuration.
+        optim: Optimizer and schedule.
+        tokenizer: Tokenizer; NeMo takes the data module's if not given.
+        model_transform: NeMo's hook to change the model after it is built.
+
+    Raises:
+        RuntimeRefusal: If a package the configuration requires is not installed.
+    """
+
+    def __init__(
+        self,
+        config: Annotated[Optional[HybridConfig], Config[HybridConfig]] = None,
+        optim: Optional[OptimizerModule] = None,
+        tokenizer: Any = None,
+        model_transform: Optional[Callable[[nn.Module], nn.Module]] = None,
+    ) -> None:
+        config = config or HybridConfig()
+        require_packages(config)
+        super().__init__(config, optim=optim, tokenizer=tokenizer, model_transform=model_transform)

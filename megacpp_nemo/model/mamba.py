@@ -1,0 +1,190 @@
+"""The native Mamba lane: Megatron's Mamba-2 mixer, fused where its kernels exist.
+
+- `FusedMambaMixer`: Megatron's own mixer; document boundaries reach its kernels.
+- `PortableMambaMixer`: the same mixer in plain torch, where the kernels are absent.
+
+Both have the same parameters under the same names, so a checkpoint moves between them.
+Mamba-2 is arXiv 2405.21060.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from torch import Tensor, nn
+
+from megacpp_nemo.contract.errors import RuntimeRefusal
+from megacpp_nemo.model.conv import causal_conv1d
+from megacpp_nemo.model.documents import DocumentBoundaries, document_ids_of
+from megacpp_nemo.model.initial import (
+    depthwise_conv,
+    inverse_softplus_steps,
+    parameter_device,
+    split_over_tensor_ranks,
+)
+from megacpp_nemo.model.norms import GatedRMSNorm
+from megacpp_nemo.model.ssd import ssd_chunked
+
+
+class FusedMambaMixer(MambaMixer):
+    """Megatron's Mamba mixer, told where documents begin in rows of shape `[batch, seq]`."""
+
+    def _create_packed_seq_idx(self, packed_seq_params: Any, total_tokens: int) -> Tensor:
+        if isinstance(packed_seq_params, DocumentBoundaries):
+            return packed_seq_params.sequence_index()
+        return super()._create_packed_seq_idx(packed_seq_params, total_tokens)
+
+
+class PortableMambaMixer(MambaMixer):
+    """Megatron's Mamba mixer in plain torch: chunked SSD instead of the fused kernels.
+
+    Tensor-parallel over heads and groups, under sequence parallelism too: the input
+    projection is column-parallel, the output projection row-parallel.
+
+    Args:
+        config: Megatron configuration with the `mamba_*` sizes.
+        submodules: Input and output projections.
+        d_model: Width of the residual stream.
+        d_conv: Taps of the causal convolution.
+        chunk_size: Tokens per chunk of the scan.
+        layer_number: 1-based layer number.
+        pg_collection: Megatron's process groups.
+        pp_layer_offset: Layers on earlier pipeline stages; unused here.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        submodules: MambaMixerSubmodules,
+        d_model: int,
+        d_conv: int = 4,
+        chunk_size: int = 128,
+        layer_number: int | None = None,
+        pg_collection: Any = None,
+        pp_layer_offset: int = 0,
+    ) -> None:
+        # Upstream's constructor insists on its kernels, so only its ancestors' is called.
+        MegatronModule.__init__(self, config)
+        self.layer_number, self.chunk_size, self.d_conv = layer_number, chunk_size, d_conv
+        self.pg_collection, self.tp_group = pg_collection, pg_collection.tp
+        self._set_sizes(d_model, self.tp_group.size())
+        inner = 2 * self.d_inner + 2 * self.ngroups * self.d_state + self.nheads
+        self.in_proj = build_module(
+            submodules.in_proj,
+            d_model,
+            inner,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="fc1",
+            tp_group=self.tp_group,
+        )
+        self._make_state_parameters()
+        self.norm = GatedRMSNorm(
+            config,
+            self.d_inner_local_tp,
+            tp_group=self.tp_group,
+            group_size=self.d_inner_local_tp // self.ngroups_local_tp,
+        )
+        self.out_proj = build_module(
+            submodules.out_proj,
+            self.d_inner,
+            d_model,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=False,
+            tp_comm_buffer_name="fc2",
+            tp_group=self.tp_group,
+        )
+
+    def _set_sizes(self, d_model: int, ranks: int) -> None:
+        config = self.config
+        self.d_model = d_model
+        self.headdim, self.d_state = config.mamba_head_dim, config.mamba_state_dim
+        self.nheads = config.mamba_num_heads or 2 * d_model // self.headdim
+        self.ngroups = config.mamba_num_groups
+        self.d_inner = self.nheads * self.headdim
+        self.nheads_local_tp = self.nheads // ranks
+        self.ngroups_local_tp = self.ngroups // ranks
+        self.d_inner_local_tp = self.d_inner // ranks
+        self.bc_local = self.ngroups_local_tp * self.d_state
+
+    def _make_state_parameters(self) -> None:
+        """Convolution, decay, step bias and skip, each rank drawing its own part."""
+        heads, device = self.nheads_local_tp, parameter_device()
+        dtype = self.config.params_dtype
+        with get_cuda_rng_tracker().fork():
+            self.conv1d = depthwise_conv(
+                self.d_inner_local_tp + 2 * self.bc_local, self.d_conv, dtype
+            )
+            self.dt_bias = nn.Parameter(inverse_softplus_steps(heads, dtype))
+            decay = torch.empty(heads, dtype=torch.float32, device=device).uniform_(1, 16)
+            self.A_log = nn.Parameter(torch.log(decay))
+        self.D = nn.Parameter(torch.ones(heads, device=device))
+        split_over_tensor_ranks(self.dt_bias, self.A_log, self.D)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        inference_context: Any = None,
+        *,
+        inference_params: Any = None,
+        packed_seq_params: Any = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix `hidden_states` `[seq, batch, hidden]` along the sequence; return it and a bias."""
+        refuse_generation(self, inference_context or inference_params)
+        documents = document_ids_of(packed_seq_params)
+        projected = self.in_proj(hidden_states)[0].transpose(0, 1)
+        gate, channels, steps = projected.split(
+            [
+                self.d_inner_local_tp,
+                self.d_inner_local_tp + 2 * self.bc_local,
+                self.nheads_local_tp,
+            ],
+            dim=-1,
+        )
+        channels = F.silu(
+            causal_conv1d(
+                channels, self.conv1d.weight.squeeze(1), self.conv1d.bias, document_ids=documents
+            )
+        )
+        x, b, c = channels.split([self.d_inner_local_tp, self.bc_local, self.bc_local], dim=-1)
+        y, _ = ssd_chunked(
+            x.unflatten(-1, (-1, self.headdim)),
+            F.softplus(steps.float() + self.dt_bias.float()),
+            -torch.exp(self.A_log.float()),
+            b.unflatten(-1, (-1, self.d_state)),
+            c.unflatten(-1, (-1, self.d_state)),
+            D=self.D.float(),
+            chunk_size=self.chunk_size,
+            document_ids=documents,
+        )
+        mixed = self.norm(y.flatten(-2), gate)
+        return self.out_proj(mixed.transpose(0, 1).contiguous())
+
+
+def refuse_generation(mixer: nn.Module, inference_context: Any) -> None:
+    """Stop step-by-step generation, which these mixers do not carry state for.
+
+    Raises:
+        RuntimeRefusal: If an inference context is given outside training.
+    """
+    if inference_context is not None and not mixer.training:
+        raise RuntimeRefusal(
+            f"{type(mixer).__name__} does not generate step by step",
+            given="an inference context",
+            allowed="a forward pass over whole rows",
+            hint="run the model without an inference context",
+        )

@@ -1,0 +1,229 @@
+"""The R block: M2RNN, a non-linear RNN with a matrix-valued state (arXiv 2603.14360).
+
+in_proj -> causal depthwise convolution and SiLU on q, k, v -> scan -> + D v -> gate and
+RMSNorm -> out_proj. There is no position embedding; the state starts from zero at each
+document of a packed row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.ssm.mamba_mixer import _split_tensor_factory
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+    sharded_state_dict_default,
+)
+from torch import Tensor, nn
+
+from megacpp_nemo.model.conv import causal_conv1d
+from megacpp_nemo.model.documents import document_ids_of
+from megacpp_nemo.model.initial import (
+    depthwise_conv,
+    inverse_softplus_steps,
+    parameter_device,
+    split_over_tensor_ranks,
+)
+from megacpp_nemo.model.m2rnn import forget_gate, m2rnn_scan
+from megacpp_nemo.model.mamba import refuse_generation
+from megacpp_nemo.model.norms import GatedRMSNorm
+
+
+@dataclass
+class RecurrentMixerSubmodules:
+    """Projections of an M2RNN mixer."""
+
+    in_proj: ModuleSpec | type | None = None
+    out_proj: ModuleSpec | type | None = None
+
+
+class RecurrentMixer(MegatronModule):
+    """M2RNN as a mixer of Megatron's `MambaLayer`, tensor-parallel over heads.
+
+    The fused input projection holds, in order and each split over the ranks, q and k
+    (`num_qk_heads * key_dim` each), v and g (`num_heads * value_dim` each) and the forget
+    gate's input (`num_heads`). Query/key heads too few to split are gathered, because every
+    rank's heads read them.
+
+    Args:
+        config: Megatron configuration with the `m2rnn_*` sizes.
+        submodules: Input and output projections.
+        d_model: Width of the residual stream.
+        layer_number: 1-based layer number.
+        pg_collection: Megatron's process groups.
+        pp_layer_offset: Layers on earlier pipeline stages; unused here.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        submodules: RecurrentMixerSubmodules,
+        d_model: int,
+        layer_number: int | None = None,
+        pg_collection: Any = None,
+        pp_layer_offset: int = 0,
+    ) -> None:
+        super().__init__(config)
+        self.layer_number, self.tp_group = layer_number, pg_collection.tp
+        self._set_sizes(self.tp_group.size())
+        self.in_proj = build_module(
+            submodules.in_proj,
+            d_model,
+            sum(self.part_sizes) * self.tp_group.size(),
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="fc1",
+            tp_group=self.tp_group,
+        )
+        self._make_state_parameters()
+        self.norm = GatedRMSNorm(config, self.value_size, tp_group=self.tp_group)
+        self.out_proj = build_module(
+            submodules.out_proj,
+            config.m2rnn_num_heads * config.m2rnn_value_dim,
+            d_model,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=False,
+            tp_comm_buffer_name="fc2",
+            tp_group=self.tp_group,
+        )
+
+    def _set_sizes(self, ranks: int) -> None:
+        config = self.config
+        self.key_dim, self.value_dim = config.m2rnn_key_dim, config.m2rnn_value_dim
+        self.num_heads = config.m2rnn_num_heads // ranks
+        self.value_size = self.num_heads * self.value_dim
+        self.qk_size = config.m2rnn_num_qk_heads * self.key_dim // ranks
+        self.gather_qk = config.m2rnn_num_qk_heads % ranks != 0
+        self.part_names = ["q", "k", "v", "g", "f"]
+        self.part_sizes = [
+            self.qk_size,
+            self.qk_size,
+            self.value_size,
+            self.value_size,
+            self.num_heads,
+        ]
+
+    def _make_state_parameters(self) -> None:
+        """Convolution, gate, skip and state transition, each rank drawing its own part."""
+        config, device, heads = self.config, parameter_device(), self.num_heads
+        dtype = config.params_dtype
+        with get_cuda_rng_tracker().fork():
+            channels = 2 * self.qk_size + self.value_size
+            self.conv1d = depthwise_conv(channels, config.m2rnn_conv_width, dtype)
+            self.dt_bias = nn.Parameter(inverse_softplus_steps(heads, dtype))
+            decay = torch.empty(heads, dtype=torch.float32, device=device).uniform_(0, 16)
+            # The open end of the interval is drawn once in 2^24: keep its logarithm finite.
+            self.A_log = nn.Parameter(torch.log(decay.clamp(min=1e-4)).to(dtype))
+        self.D = nn.Parameter(torch.ones(heads, dtype=dtype, device=device))
+        identity = torch.eye(self.value_dim, dtype=dtype, device=device)
+        self.transition = nn.Parameter(identity.repeat(heads, 1, 1))
+        split_over_tensor_ranks(self.dt_bias, self.A_log, self.D, self.transition)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        inference_context: Any = None,
+        *,
+        inference_params: Any = None,
+        packed_seq_params: Any = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix `hidden_states` `[seq, batch, hidden]` along the sequence; return it and a bias."""
+        refuse_generation(self, inference_context or inference_params)
+        documents = document_ids_of(packed_seq_params)
+        projected = self.in_proj(hidden_states)[0].transpose(0, 1)
+        channels, gate, forget = projected.split(
+            [2 * self.qk_size + self.value_size, self.value_size, self.num_heads], dim=-1
+        )
+        channels = F.silu(
+            causal_conv1d(
+                channels, self.conv1d.weight.squeeze(1), self.conv1d.bias, document_ids=documents
+            )
+        )
+        q, k, v = channels.split([self.qk_size, self.qk_size, self.value_size], dim=-1)
+        q, k = self._shared_by_all_heads(q), self._shared_by_all_heads(k)
+        values = v.unflatten(-1, (-1, self.value_dim))
+        y, _ = m2rnn_scan(
+            q.unflatten(-1, (-1, self.key_dim)),
+            k.unflatten(-1, (-1, self.key_dim)),
+            values,
+            forget_gate(forget, self.A_log, self.dt_bias),
+            self.transition,
+            document_ids=documents,
+            state_gradient_clip=self.config.m2rnn_state_gradient_clip,
+        )
+        y = y + values * self.D.to(values.dtype).unsqueeze(-1)
+        mixed = self.norm(y.flatten(-2), gate)
+        return self.out_proj(mixed.transpose(0, 1).contiguous())
+
+    def _shared_by_all_heads(self, part: Tensor) -> Tensor:
+        """Gather queries or keys that are too few to split; gradients sum over the ranks."""
+        if not self.gather_qk:
+            return part
+        full = gather_from_tensor_model_parallel_region(part, group=self.tp_group)
+        return copy_to_tensor_model_parallel_region(full, group=self.tp_group)
+
+    def mamba_state_shapes_per_request(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of the convolution and recurrent state of one sequence."""
+        channels = 2 * self.qk_size + self.value_size
+        return (
+            (channels, self.config.m2rnn_conv_width),
+            (self.num_heads, self.key_dim, self.value_dim),
+        )
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[Any, ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Return the parameters as sharded tensors, the fused ones by their logical parts."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        groups = {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
+        own: dict[str, Any] = {}
+        self._save_to_state_dict(own, "", keep_vars=True)
+        state = make_sharded_tensors_for_checkpoint(
+            own, prefix, dict.fromkeys(own, 0), sharded_offsets, **groups
+        )
+        for name, module in self.named_children():
+            if name == "conv1d":
+                part = make_sharded_tensors_for_checkpoint(
+                    module.state_dict(prefix="", keep_vars=True),
+                    f"{prefix}{name}.",
+                    {"weight": 0, "bias": 0},
+                    sharded_offsets,
+                    **groups,
+                )
+            else:
+                part = sharded_state_dict_default(
+                    module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
+                )
+            state.update(part)
+        self._split(state, f"{prefix}in_proj.weight", len(self.part_sizes))
+        self._split(state, f"{prefix}conv1d.weight", 3)
+        self._split(state, f"{prefix}conv1d.bias", 3)
+        return state
+
+    def _split(self, state: dict[str, Any], key: str, parts: int) -> None:
+        """Save a fused tensor as its first `parts` logical parts, so that it reshards."""
+        state[key] = _split_tensor_factory(
+            state[key], self.part_sizes[:parts], self.part_names[:parts], 0
+        )

@@ -1,0 +1,112 @@
+"""The contract's view of a Megatron configuration.
+
+Overrides on NeMo's command line change Megatron's fields; reading them back as the contract's
+shapes lets the same rules check them, with the same messages.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megacpp_nemo.contract.shapes import (
+    AttentionShape,
+    ExpertsShape,
+    LatentShape,
+    MambaShape,
+    ModelShape,
+    RecurrentShape,
+    SparseAttentionShape,
+)
+from megacpp_nemo.contract.training import Features, Parallelism
+
+
+def shape_of(config: Any) -> tuple[ModelShape, Features]:
+    """Return the shapes and features that a hybrid configuration describes.
+
+    Raises:
+        RecipeError: If a size is not usable.
+    """
+    model = ModelShape(
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size or 4 * config.hidden_size,
+        seq_length=config.seq_length,
+        attention=AttentionShape(
+            num_heads=config.num_attention_heads,
+            num_query_groups=config.num_query_groups or config.num_attention_heads,
+            head_dim=config.kv_channels or config.hidden_size // config.num_attention_heads,
+        ),
+        latent=_latent(config),
+        sparse_attention=SparseAttentionShape(a_ranks=config.dsa_a_ranks),
+        experts=_experts(config),
+        mamba=MambaShape(
+            num_heads=config.mamba_num_heads or 2 * config.hidden_size // config.mamba_head_dim,
+            head_dim=config.mamba_head_dim,
+            state_dim=config.mamba_state_dim,
+            num_groups=config.mamba_num_groups,
+            conv_width=config.mamba_conv_width,
+            chunk_size=config.mamba_chunk_size,
+        ),
+        recurrent=RecurrentShape(
+            num_heads=config.m2rnn_num_heads,
+            num_qk_heads=config.m2rnn_num_qk_heads,
+            key_dim=config.m2rnn_key_dim,
+            value_dim=config.m2rnn_value_dim,
+            conv_width=config.m2rnn_conv_width,
+            state_gradient_clip=config.m2rnn_state_gradient_clip,
+        ),
+    )
+    features = Features(
+        latent_attention=config.multi_latent_attention,
+        sparse_attention=bool(config.dsa_a_ranks),
+        mamba=config.mamba_lane,
+        ngram_hash=config.ngram_hash,
+        structure=config.structure,
+        reset_state=config.reset_state,
+        reset_attention_mask=config.reset_attention_mask,
+    )
+    return model, features
+
+
+def parallelism_of(config: Any, *, world_size: int) -> Parallelism:
+    """Return the layout of a hybrid configuration over `world_size` processes.
+
+    Raises:
+        RecipeError: If the parallel sizes do not fit each other or the processes.
+    """
+    return Parallelism(
+        num_nodes=1,
+        devices_per_node=world_size,
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
+        context_parallel_size=config.context_parallel_size,
+        expert_model_parallel_size=config.expert_model_parallel_size,
+        expert_tensor_parallel_size=config.expert_tensor_parallel_size,
+        sequence_parallel=config.sequence_parallel,
+        use_distributed_optimizer=False,
+        overlap_grad_reduce=False,
+        overlap_param_gather=False,
+    )
+
+
+def _latent(config: Any) -> LatentShape:
+    if not config.multi_latent_attention:
+        return LatentShape()
+    return LatentShape(
+        q_lora_rank=config.q_lora_rank,
+        kv_lora_rank=config.kv_lora_rank,
+        qk_head_dim=config.qk_head_dim,
+        qk_pos_emb_head_dim=config.qk_pos_emb_head_dim,
+        v_head_dim=config.v_head_dim,
+    )
+
+
+def _experts(config: Any) -> ExpertsShape:
+    if not config.num_moe_experts:
+        return ExpertsShape()
+    return ExpertsShape(
+        num_experts=config.num_moe_experts,
+        topk=config.moe_router_topk,
+        ffn_hidden_size=config.moe_ffn_hidden_size or config.ffn_hidden_size,
+        shared_expert_size=config.moe_shared_expert_intermediate_size or 0,
+    )

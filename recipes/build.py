@@ -1,0 +1,151 @@
+"""A recipe as NeMo's configuration: `to_nemo(recipe)` returns what `llm.pretrain` takes.
+
+The frame holds what every recipe has in common; everything a recipe decides is set from the
+correspondence table.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import nemo_run as run
+import torch
+import torch.nn.functional as F
+
+from megacpp_nemo.contract.recipe import HybridRecipe
+from megacpp_nemo.contract.training import Precision
+from megacpp_nemo.host import compat
+
+compat.install()  # before NeMo, whose checkpoint module needs one of the adapters
+
+from lightning.pytorch.loggers import TensorBoardLogger  # noqa: E402
+from megatron.core.activations import squared_relu  # noqa: E402
+from megatron.core.distributed import DistributedDataParallelConfig  # noqa: E402
+from megatron.core.optimizer import OptimizerConfig  # noqa: E402
+from nemo import lightning as nl  # noqa: E402
+from nemo.collections import llm  # noqa: E402
+from nemo.lightning.pytorch.optim import MegatronOptimizerModule  # noqa: E402
+from nemo.lightning.pytorch.plugins.mixed_precision import MegatronMixedPrecision  # noqa: E402
+
+from megacpp_nemo.data.module import CppDataModule, IndexedDataModule  # noqa: E402
+from megacpp_nemo.host.checkpoint import LatestCheckpoints, LatestResume  # noqa: E402
+from megacpp_nemo.host.progress import RunProgress, RunSummary  # noqa: E402
+from megacpp_nemo.host.schedule import CosineSchedule  # noqa: E402
+from megacpp_nemo.host.strategy import HybridStrategy  # noqa: E402
+from megacpp_nemo.lowering.table import ROWS, trains_tokenizer  # noqa: E402
+from megacpp_nemo.model.config import HybridConfig, HybridModel  # noqa: E402
+
+GPU_PACKAGES = ("transformer_engine", "mamba_ssm", "causal_conv1d")
+ACTIVATIONS = {"gelu": F.gelu, "squared_relu": squared_relu, "swiglu": F.silu}
+
+
+def to_nemo(recipe: HybridRecipe, *, log_dir: str | None = None) -> run.Partial:
+    """Return the NeMo recipe: a `run.Partial` of `llm.pretrain` with every part configured.
+
+    Args:
+        recipe: What to train.
+        log_dir: Folder of this run; `runs/NAME` if not given.
+    """
+    frame = _frame(recipe, log_dir or f"runs/{recipe.name}")
+    for row in ROWS:
+        if row.field == "precision" or not row.when(recipe):
+            continue
+        for path in row.nemo:
+            _set(frame, path, row.spell(row.value(recipe), recipe))
+    frame.model.config.activation_func = ACTIVATIONS[recipe.model.experts.activation]
+    _set_precision(frame, recipe.precision)
+    frame.data.num_train_samples = recipe.schedule.decay_steps * recipe.batch.global_batch_size
+    return frame
+
+
+def model_config(recipe: HybridRecipe) -> run.Config:
+    """Return only the model of a recipe, as `run.Config[HybridModel]`."""
+    return to_nemo(recipe).model
+
+
+def _frame(recipe: HybridRecipe, log_dir: str) -> run.Partial:
+    return run.Partial(
+        llm.pretrain,
+        model=run.Config(HybridModel, config=_model_frame(recipe)),
+        trainer=_trainer_frame(),
+        data=run.Config(CppDataModule if trains_tokenizer(recipe) else IndexedDataModule),
+        optim=run.Config(
+            MegatronOptimizerModule,
+            config=run.Config(OptimizerConfig, optimizer="adam"),
+            lr_scheduler=run.Config(CosineSchedule),
+        ),
+        log=run.Config(
+            nl.NeMoLogger,
+            explicit_log_dir=log_dir,
+            ckpt=run.Config(LatestCheckpoints),
+            tensorboard=run.Config(TensorBoardLogger, save_dir="tensorboard", name=""),
+        ),
+        resume=run.Config(LatestResume, resume_if_exists=True, resume_ignore_no_checkpoint=True),
+    )
+
+
+def _model_frame(recipe: HybridRecipe) -> run.Config:
+    return run.Config(
+        HybridConfig,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="none",
+        rope_type="rope",
+        apply_rope_fusion=False,
+        moe_router_score_function="sigmoid",
+        moe_router_enable_expert_bias=True,
+        moe_router_load_balancing_type="aux_loss",
+        moe_router_dtype="fp32",
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=not trains_tokenizer(recipe),
+        required_packages=() if trains_tokenizer(recipe) else GPU_PACKAGES,
+    )
+
+
+def _trainer_frame() -> run.Config:
+    return run.Config(
+        nl.Trainer,
+        accelerator="auto",
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        strategy=run.Config(
+            HybridStrategy,
+            ckpt_async_save=False,
+            replace_progress_bar=False,
+            ddp=run.Config(DistributedDataParallelConfig, check_for_nan_in_grad=True),
+        ),
+        callbacks=[run.Config(RunProgress), run.Config(RunSummary)],
+    )
+
+
+def _set_precision(frame: run.Partial, precision: Precision) -> None:
+    full = precision is Precision.FP32
+    dtype = torch.float32 if full else torch.bfloat16
+    config, optimizer = frame.model.config, frame.optim.config
+    config.params_dtype = config.pipeline_dtype = optimizer.params_dtype = dtype
+    config.bf16 = optimizer.bf16 = not full
+    frame.trainer.strategy.pipeline_dtype = dtype
+    if full:
+        return
+    frame.trainer.plugins = run.Config(
+        MegatronMixedPrecision,
+        precision="bf16-mixed",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        autocast_enabled=False,
+        grad_reduce_in_fp32=True,
+    )
+    if precision is Precision.FP8_EXPERTS:
+        frame.trainer.plugins.fp8 = "hybrid"
+        frame.trainer.plugins.fp8_recipe = "tensorwise"
+
+
+def _set(config: Any, path: str, value: Any) -> None:
+    """Set a dotted path in a configuration whose inner configurations exist."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        config = getattr(config, parent)
+    setattr(config, name, value)
