@@ -1,0 +1,88 @@
+"""What a data module checks before it lets Megatron see its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megacpp_nemo.contract.errors import DataError
+
+if TYPE_CHECKING:
+    from nemo.collections.common.tokenizers import AutoTokenizer
+
+
+def check_batch_sizes(
+    seq_length: int, micro_batch_size: int, global_batch_size: int, num_workers: int
+) -> None:
+    """Raise DataError unless the sizes are ones that Megatron can batch."""
+    given = f"{seq_length=}, {micro_batch_size=}, {global_batch_size=}, {num_workers=}"
+    if seq_length < 2 or micro_batch_size < 1 or global_batch_size < 1 or num_workers < 0:
+        raise DataError(
+            "a batch size is out of range",
+            given=given,
+            allowed="seq_length >= 2, batch sizes >= 1, num_workers >= 0",
+        )
+    if global_batch_size % micro_batch_size:
+        raise DataError(
+            "the global batch is not a whole number of micro-batches",
+            given=given,
+            allowed="global_batch_size a multiple of micro_batch_size",
+        )
+
+
+def check_enough_tokens(
+    tokens: Mapping[str, int], seq_length: int, micro_batch_size: int, global_batch_size: int
+) -> None:
+    """Raise DataError unless one pass gives a training batch and a validation micro-batch.
+
+    Each row takes `seq_length` tokens and shares one, the label of its last position, with the
+    next row.
+    """
+    for split, rows in (("train", global_batch_size), ("validation", micro_batch_size)):
+        needed = rows * seq_length + 1
+        if tokens[split] < needed:
+            raise DataError(
+                f"the {split} data is too small for one batch",
+                given=f"{tokens[split]:,} tokens",
+                allowed=f"at least {needed:,}: {rows} rows of {seq_length} tokens, and one more",
+                hint="add source files, or lower seq_length or the batch size",
+            )
+
+
+def load_tokenizer(folder: str | Path | None) -> AutoTokenizer:
+    """Load a transformers tokenizer folder as NeMo's tokenizer; nothing is ever downloaded.
+
+    Raises:
+        DataError: The folder is not set, not there or not a tokenizer, or the tokenizer has no
+            end-of-document token.
+    """
+    if folder is None:
+        raise DataError(
+            "no tokenizer was given",
+            allowed="the folder of the tokenizer that made the data",
+            hint="data.tokenizer_dir=/data/tokenizer",
+        )
+    folder = Path(folder).expanduser()
+    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    if not any((folder / name).is_file() for name in files):
+        raise DataError(
+            "the tokenizer folder holds no tokenizer",
+            given=str(folder),
+            allowed=f"a folder with {' or '.join(files)}",
+            hint="set data.tokenizer_dir to a folder written by save_pretrained",
+        )
+    from nemo.collections.common.tokenizers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer(str(folder))
+    except Exception as error:
+        raise DataError("the tokenizer cannot be loaded", given=f"{folder}: {error}") from error
+    if tokenizer.eos_token is None:
+        raise DataError(
+            "the tokenizer has no end-of-document token",
+            given=str(folder),
+            allowed="a tokenizer whose eos_token ends every document of the data",
+            hint="add eos_token to its tokenizer_config.json",
+        )
+    return tokenizer
