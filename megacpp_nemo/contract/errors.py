@@ -1,12 +1,17 @@
 """Errors a user can act on.
 
 Every message has four parts: what is wrong, what was given, what is allowed, what to try.
+Where a hint is `field=value`, following it removes the error.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+Entry = TypeVar("Entry")
 
 
 class MegaCppError(Exception):
@@ -40,8 +45,8 @@ class MegaCppError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         # Keyword-only arguments do not survive the default pickling of exceptions,
         # and launchers carry errors between processes.
-        state = {"given": self.given, "allowed": self.allowed, "hint": self.hint}
-        return (_rebuild, (type(self), self.what, state))
+        parts: dict[str, Any] = {"given": self.given, "allowed": self.allowed, "hint": self.hint}
+        return functools.partial(type(self), self.what, **parts), ()
 
 
 class PatternError(MegaCppError):
@@ -64,15 +69,43 @@ class DataError(MegaCppError):
     """Input data that is missing, unusable or damaged."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
+def nearest(name: object, known: Iterable[str]) -> str | None:
     """Return the entry of `known` closest in spelling to `name`, or None if none is close."""
-    matches = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(str(name).lower(), list(known), n=1, cutoff=0.6)
     return matches[0] if matches else None
+
+
+def lookup(
+    known: Mapping[str, Entry],
+    name: object,
+    *,
+    what: str,
+    field: str | None = None,
+    error: type[MegaCppError] = RecipeError,
+) -> Entry:
+    """Return the entry of `known` called `name`, an enum member or text in any case.
+
+    Args:
+        known: Entries by lower-case name.
+        name: What the user wrote.
+        what: First line of the error.
+        field: Field that the hint sets; without it the hint is the closest name alone.
+        error: Class of the error.
+
+    Raises:
+        MegaCppError: Of class `error`, if there is no such entry.
+    """
+    key = str(getattr(name, "value", name)).lower()
+    if key in known:
+        return known[key]
+    suggestion = repr(nearest(key, known) or next(iter(known)))
+    raise error(
+        what,
+        given=repr(name),
+        allowed=", ".join(known),
+        hint=f"{field}={suggestion}" if field else suggestion,
+    )
 
 
 def _shown(value: object) -> str:
     return value if isinstance(value, str) else repr(value)
-
-
-def _rebuild(cls: type[MegaCppError], what: str, state: dict[str, object]) -> MegaCppError:
-    return cls(what, **state)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megacpp_nemo.contract.errors import RecipeError, nearest
+from megacpp_nemo.contract.errors import lookup
 from megacpp_nemo.contract.pattern import FULL_NAM52_PATTERN, FULL_NAM56R_PATTERN, LayerPattern
 from megacpp_nemo.contract.recipe import HybridRecipe, with_paths
 from megacpp_nemo.contract.shapes import (
@@ -180,7 +180,8 @@ SIZES: dict[str, Size] = {
     "_tiny": Size(summary="one tile at small width, trains on a CPU", shrink=_tiny, modes=False),
 }
 
-RECIPE_NAMES: tuple[str, ...] = tuple(f"{family}{size}" for family in FAMILIES for size in SIZES)
+_BY_NAME = {f"{family}{size}": (family, size) for family in FAMILIES for size in SIZES}
+RECIPE_NAMES: tuple[str, ...] = tuple(_BY_NAME)
 
 
 def describe(name: str) -> str:
@@ -212,30 +213,20 @@ def recipe(
         RecipeError: If there is no such recipe, mode or field, or settings contradict.
     """
     family_name, size = _lookup(name)
-    family = FAMILIES[family_name]
+    family, lane = FAMILIES[family_name], ParallelismMode.from_name(mode)
     base = HybridRecipe(
-        name=name,
+        name=f"{family_name}{size}",
         pattern=LayerPattern.parse(family.pattern),
         depth=FULL_DEPTH,
         model=family.model,
-        parallelism=_mode_parallelism(ParallelismMode.from_name(mode)),
-        features=_mode_features(ParallelismMode.from_name(mode)),
+        parallelism=_mode_parallelism(lane),
+        features=_mode_features(lane),
     )
     return with_paths(SIZES[size].shrink(base), changes or {})
 
 
 def _lookup(name: str) -> tuple[str, str]:
-    for family in FAMILIES:
-        for size in SIZES:
-            if name == f"{family}{size}":
-                return family, size
-    close = nearest(name, RECIPE_NAMES)
-    raise RecipeError(
-        f"No recipe is called {name!r}",
-        given=name,
-        allowed=", ".join(RECIPE_NAMES),
-        hint=f"{close!r}" if close else "one of the names above",
-    )
+    return lookup(_BY_NAME, name, what=f"No recipe is called {name!r}")
 
 
 def _mode_parallelism(mode: ParallelismMode) -> Parallelism:

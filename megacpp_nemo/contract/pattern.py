@@ -9,10 +9,11 @@ All reading and writing of patterns happens here; no other module counts charact
 from __future__ import annotations
 
 import enum
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from megacpp_nemo.contract.errors import PatternError, nearest
+from megacpp_nemo.contract.errors import PatternError, lookup, nearest
 
 STAGE_SEPARATOR = "|"
 
@@ -42,22 +43,14 @@ class BlockFamily(enum.Enum):
         return _ALIASES[self]
 
     @classmethod
-    def from_name(cls, name: str) -> BlockFamily:
+    def from_name(cls, name: str | BlockFamily) -> BlockFamily:
         """Return the family spelled by a letter or an alias, in any case.
 
         Raises:
             PatternError: If no family has that letter or alias.
         """
-        family = _BY_NAME.get(name.lower())
-        if family is None:
-            close = nearest(name, _BY_NAME)
-            raise PatternError(
-                f"No block family is called {name!r}",
-                given=name,
-                allowed=_known_names(),
-                hint=f"{close!r}" if close else "one of the letters or aliases above",
-            )
-        return family
+        what = f"No block family is called {name!a}"
+        return lookup(_BY_NAME, name, what=what, error=PatternError)
 
 
 _ALIASES: dict[BlockFamily, tuple[str, ...]] = {
@@ -86,16 +79,23 @@ class LayerPattern:
             says nothing about pipeline stages.
 
     Raises:
-        PatternError: If there is no segment, or a segment is empty.
+        PatternError: If there is no segment, a segment is empty, or a layer is not a family.
     """
 
     segments: tuple[tuple[BlockFamily, ...], ...]
 
     def __post_init__(self) -> None:
+        if not all(isinstance(family, BlockFamily) for family in self.layers):
+            raise PatternError(
+                "A pattern is made of block families",
+                given=repr(self.segments),
+                allowed="a tuple of tuples of BlockFamily",
+                hint="LayerPattern.parse('AEME|AEMR') to read letters",
+            )
         if not self.segments or not all(self.segments):
             raise PatternError(
                 "A pattern needs at least one layer in every pipeline segment",
-                given=STAGE_SEPARATOR.join(_letters(part) for part in self.segments) or "''",
+                given=repr(str(self)),
                 allowed="letters with single '|' between non-empty segments",
                 hint="'AEME|AEMR', without a leading, trailing or doubled '|'",
             )
@@ -111,7 +111,12 @@ class LayerPattern:
             PatternError: On an unknown letter, an empty pattern or an empty segment.
         """
         if not isinstance(text, str):
-            raise PatternError("A pattern is text", given=text, allowed="a string", hint="'AEMR'")
+            raise PatternError(
+                "A pattern is text",
+                given=repr(text),
+                allowed="letters or aliases of block families, and '|' between pipeline stages",
+                hint=repr(FULL_NAM56R_PATTERN),
+            )
         return cls(tuple(tuple(_read_segment(part, text)) for part in text.split(STAGE_SEPARATOR)))
 
     @classmethod
@@ -146,13 +151,7 @@ class LayerPattern:
         Raises:
             PatternError: If `depth` is not positive, or a segmented pattern has another length.
         """
-        if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
-            raise PatternError(
-                "The depth of a pattern is a whole number of layers",
-                given=depth,
-                allowed="1 or more",
-                hint="depth=52",
-            )
+        _require_positive("The depth of a pattern", depth, "depth=52")
         if not self.is_segmented:
             unit = self.layers
             return LayerPattern.of(unit[i % len(unit)] for i in range(depth))
@@ -188,30 +187,43 @@ class LayerPattern:
         A segmented pattern gives its own segments; any other is cut into `stages` equal parts.
 
         Raises:
-            PatternError: If the segments, or the layers, do not divide over the stages.
+            PatternError: If `stages` is not positive, or the segments or the layers do not
+                divide over the stages.
         """
-        if self.is_segmented:
-            if len(self.segments) % stages:
-                raise PatternError(
-                    "The number of pipeline segments must be a multiple of the pipeline stages",
-                    given=f"{self} ({len(self.segments)} segments) for {stages} stages",
-                    allowed=f"{stages}, {2 * stages}, {3 * stages}, ... segments",
-                    hint=f"pipeline_model_parallel_size={len(self.segments)}, or move the '|'",
-                )
-            return tuple(LayerPattern((segment,)) for segment in self.segments)
-        if len(self) % stages:
+        _require_positive("The number of pipeline stages", stages, "pipeline_model_parallel_size=1")
+        cut = self if self.is_segmented else self._cut(stages)
+        if self.is_segmented and len(self.segments) % stages:
+            raise PatternError(
+                "The number of pipeline segments must be a multiple of the pipeline stages",
+                given=f"{self} ({len(self.segments)} segments) for {stages} stages",
+                allowed=f"{stages}, {2 * stages}, {3 * stages}, ... segments",
+                hint=f"pipeline_model_parallel_size={len(self.segments)}, or move the '|'",
+            )
+        if not self.is_segmented and len(self) % stages:
             raise PatternError(
                 "The layers do not divide evenly over the pipeline stages",
                 given=f"{len(self)} layers for {stages} stages",
                 allowed="a depth divisible by the stages, or a pattern with '|' at each boundary",
-                hint="mark the stage boundaries with '|'",
+                hint=f"pattern={str(cut)!r}" if stages <= len(self) else f"depth={stages}",
             )
-        size, layers = len(self) // stages, self.layers
-        return tuple(LayerPattern.of(layers[i * size : (i + 1) * size]) for i in range(stages))
+        return tuple(LayerPattern((segment,)) for segment in cut.segments)
+
+    def _cut(self, stages: int) -> LayerPattern:
+        """Return the layers in `stages` segments (never an empty one), as even as they can be."""
+        stages = min(stages, len(self))
+        ends = [len(self) * i // stages for i in range(stages + 1)]
+        return LayerPattern(tuple(self.layers[a:b] for a, b in itertools.pairwise(ends)))
 
 
 FULL_NAM56R_PATTERN = "AEMEAEMEAEMR"
 FULL_NAM52_PATTERN = "AEMEAEMEAEMM"
+
+
+def _require_positive(what: str, count: int, hint: str) -> None:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise PatternError(
+            f"{what} is a whole number", given=repr(count), allowed="1 or more", hint=hint
+        )
 
 
 def _letters(segment: Iterable[BlockFamily]) -> str:
@@ -227,8 +239,9 @@ def _read_segment(text: str, whole: str) -> Iterator[BlockFamily]:
             if letter.lower() not in _BY_NAME:
                 close = nearest(word, _BY_NAME) if len(word) > 1 else None
                 raise PatternError(
-                    f"Unknown block letter {letter!r} in a pattern",
-                    given=whole,
+                    # `!a` shows a Cyrillic or full-width look-alike as its code point.
+                    f"Unknown block letter {letter!a} in a pattern",
+                    given=repr(whole),
                     allowed=_known_names() + ", and '|' between pipeline stages",
                     hint=f"{close!r}" if close else f"{FULL_NAM56R_PATTERN!r}",
                 )

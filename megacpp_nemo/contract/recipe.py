@@ -7,9 +7,12 @@ the size plan) is derived from it. Constructing one runs every rule that crosses
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from typing import Any
 
+from megacpp_nemo.contract.checks import Checked, Positive, Text
 from megacpp_nemo.contract.errors import RecipeError, nearest
 from megacpp_nemo.contract.pattern import FULL_NAM56R_PATTERN, BlockFamily, LayerPattern
 from megacpp_nemo.contract.rules import check_recipe
@@ -25,7 +28,7 @@ from megacpp_nemo.contract.training import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class HybridRecipe:
+class HybridRecipe(Checked):
     """Structured intent for one hybrid language model and its training run.
 
     Args:
@@ -42,14 +45,14 @@ class HybridRecipe:
 
     Raises:
         PatternError: If the pattern cannot be read or does not fit `depth`.
-        RecipeError: If the parts contradict each other.
+        RecipeError: If a field has a value it cannot take, or the parts contradict each other.
     """
 
-    name: str = "nam56r"
+    name: Text = "nam56r"
     pattern: LayerPattern = field(
         default_factory=lambda: LayerPattern.parse(FULL_NAM56R_PATTERN),
     )
-    depth: int = 52
+    depth: Positive = 52
     model: ModelShape = field(default_factory=ModelShape)
     parallelism: Parallelism = field(default_factory=Parallelism)
     precision: Precision = Precision.BF16
@@ -59,9 +62,10 @@ class HybridRecipe:
     features: Features = field(default_factory=Features)
 
     def __post_init__(self) -> None:
-        if isinstance(self.pattern, str):
+        if not isinstance(self.pattern, LayerPattern):
             object.__setattr__(self, "pattern", LayerPattern.parse(self.pattern))
         object.__setattr__(self, "precision", Precision.from_name(self.precision))
+        super().__post_init__()
         check_recipe(self)
 
     @property
@@ -71,7 +75,10 @@ class HybridRecipe:
 
     @property
     def sparse_layer_numbers(self) -> tuple[int, ...]:
-        """1-based numbers of the attention layers that use DSA; empty when it is off."""
+        """1-based numbers of the A layers that use DSA; empty when it is off.
+
+        Layers written `D` are always sparse and are not listed here.
+        """
         if not self.features.sparse_attention:
             return ()
         ranks = self.layers.a_ranks()
@@ -117,10 +124,23 @@ def with_paths(recipe: HybridRecipe, changes: dict[str, Any]) -> HybridRecipe:
     can be changed together.
 
     Raises:
-        RecipeError: If a name fits no field or several, or the result contradicts itself.
+        RecipeError: If a name fits no field or several, two names mean the same field, or the
+            result contradicts itself.
     """
     leaves = field_paths(recipe)
-    return _replaced(recipe, {resolve_field(name, leaves): v for name, v in changes.items()})
+    paths: dict[str, str] = {}
+    for name in changes:
+        path = resolve_field(name, leaves)
+        if path in paths:
+            raise RecipeError(
+                f"{path} is changed twice",
+                given=f"{paths[path]}={changes[paths[path]]!r}, {name}={changes[name]!r}",
+                allowed="each field once",
+                hint=f"only {path}",
+            )
+        paths[path] = name
+    changed: HybridRecipe = _replaced(recipe, {path: changes[paths[path]] for path in paths})
+    return changed
 
 
 def resolve_field(name: str, leaves: dict[str, Any] | None = None) -> str:
@@ -138,18 +158,35 @@ def resolve_field(name: str, leaves: dict[str, Any] | None = None) -> str:
     if fits:
         raise RecipeError(
             f"Several recipe fields are called {name!r}",
-            given=name,
+            given=repr(name),
             allowed=", ".join(fits),
-            hint=f"the full path, such as {fits[0]!r}",
+            hint=repr(fits[0]),
         )
-    endings = {path.rpartition(".")[2]: path for path in leaves}
-    close = nearest(name.rpartition(".")[2], endings)
+    close = _closest_paths(str(name), leaves)
+    alike = nearest(_ending(str(name)), map(_ending, close))
+    fits = [path for path in close if f".{name}." in f".{path}" or _ending(path) == alike]
     raise RecipeError(
         f"No recipe field is called {name!r}",
-        given=name,
-        allowed=", ".join(sorted(leaves)),
-        hint=f"{endings[close]!r}" if close else "one of the paths above",
+        given=repr(name),
+        allowed=f"{', '.join(close)}, ... ({len(leaves)} in all: "
+        "megacpp_nemo.contract.field_paths())",
+        hint=repr(fits[0]) if fits else "one of the fields above",
     )
+
+
+def _ending(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _closest_paths(name: str, leaves: Iterable[str], count: int = 12) -> list[str]:
+    """Return the paths most like `name`: those below it first, then by spelling."""
+
+    def likeness(path: str) -> tuple[bool, float, float]:
+        below = f".{name}." in f".{path}"
+        ending = SequenceMatcher(None, _ending(name).lower(), _ending(path)).ratio()
+        return below, ending, SequenceMatcher(None, name.lower(), path).ratio()
+
+    return sorted(leaves, key=likeness, reverse=True)[:count]
 
 
 def _replaced(owner: Any, changes: dict[str, Any]) -> Any:

@@ -47,21 +47,24 @@ def causal_conv1d(
     seq, width = sizes["seq"], sizes["width"]
     dtype = compute_dtype(x, weight, bias)
     taps = weight.to(dtype).unbind(1)
-    # Shifted multiply-adds: forward and backward together this beats torch's depthwise conv1d
-    # on CPU, and rows with and without document boundaries share every operation.
+    # Shifted multiply-adds: forward and backward together as fast on CPU as torch's depthwise
+    # conv1d, and rows with and without document boundaries share every operation.
     padded = functional.pad(x.to(dtype), (0, 0, width - 1, 0))
     document = None
     if document_ids is not None:
         # No token carries index -1, so the padding belongs to no document.
         document = functional.pad(document_index(document_ids), (width - 1, 0), value=-1)
-    y = x.to(dtype) * taps[-1] if bias is None else bias.to(dtype) + x.to(dtype) * taps[-1]
+    y = x.to(dtype) * taps[-1]
+    if bias is not None:
+        y.add_(bias.to(dtype))
     for shift in range(1, min(width, seq)):
         window = slice(width - 1 - shift, width - 1 - shift + seq)
         tap = padded[:, window]
         if document is not None:
             foreign = document[:, window] != document[:, width - 1 :]
             tap = tap.masked_fill(foreign.unsqueeze(-1), 0.0)
-        y = torch.addcmul(y, tap, taps[-1 - shift])
+        # Not addcmul: its backward takes one more pass over the activations.
+        y.add_(tap * taps[-1 - shift])
     return y.to(x.dtype)
 
 

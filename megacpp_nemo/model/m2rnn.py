@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -206,24 +207,21 @@ def _advance(
 
     H [tokens + 1, heads, batch, K, V] and Z [tokens, ...] are contiguous.
     """
-    # On CPU tanh(x) = 2 sigmoid(2x) - 1 is six times faster than torch's fp32 tanh, and differs
-    # from it by at most 2e-7; the factor 2 goes into the inputs.
-    by_sigmoid = v.device.type == "cpu" and v.dtype == torch.float32
-    scale, minus_one = 2.0 if by_sigmoid else 1.0, v.new_full((), -1.0)
-    W = W * scale
-    _outer(k * scale, v, out=Z)
+    _outer(k, v, out=Z)
     states, updates, gates = H.unbind(0), Z.unbind(0), f[..., None, None].unbind(0)
     arguments = Z.flatten(2, 3).unbind(0)
+    # On CPU numpy's tanh, on the same memory, is ten times faster than torch's and as exact.
+    arrays = list(Z.numpy()) if Z.device.type == "cpu" else None
     previous = states[0]
     for t, restart in enumerate(restarts):
         if restart is not None:
             previous = previous.masked_fill(restart, 0.0)
         update = updates[t]
         arguments[t].baddbmm_(previous.flatten(1, 2), W)
-        if by_sigmoid:
-            torch.add(minus_one, update.sigmoid_(), alpha=2, out=update)
-        else:
+        if arrays is None:
             update.tanh_()
+        else:
+            numpy.tanh(arrays[t], out=arrays[t])
         previous = torch.lerp(update, previous, gates[t], out=states[t + 1])
 
 

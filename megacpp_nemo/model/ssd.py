@@ -104,7 +104,7 @@ def ssd_chunked(
             x.to(dtype), dt.to(dtype), A, B.to(dtype), C.to(dtype), document, state, chunk_size
         )
         if D is not None:
-            y = torch.addcmul(y, D.to(dtype)[:, None], x.to(dtype))
+            y = y + D.to(dtype)[:, None] * x.to(dtype)
     return y.to(x.dtype), final_state
 
 
@@ -141,11 +141,11 @@ def _by_chunks(
     carried = []
     for added_here, across_here in zip(added.unbind(1), across.unbind(1), strict=True):
         carried.append(state)
-        state = torch.addcmul(added_here, across_here[..., None, None], state)
+        state = added_here + across_here[..., None, None] * state
     entering = torch.stack(carried, dim=1).view(batch, chunks, groups, shared * head_dim, width)
     read = torch.unflatten(C @ entering.mT, 4, (shared, head_dim))
     inward = torch.unflatten(inward, 2, (groups, shared)).transpose(3, 4).unsqueeze(-1)
-    y = torch.addcmul(y, read, inward).transpose(2, 3)
+    y = (y + read * inward).transpose(2, 3)
     return y.reshape(batch, chunks * chunk_size, heads, head_dim)[:, :seq], state
 
 
