@@ -21,7 +21,7 @@ from nemo.utils.app_state import AppState  # noqa: E402
 
 from megacpp_nemo.contract.errors import RuntimeRefusal  # noqa: E402
 
-_STEP = re.compile(r"step=(\d+)")
+_NAME = re.compile(r"step=\d+")
 
 
 class LatestCheckpoints(ModelCheckpoint):
@@ -54,6 +54,17 @@ class LatestCheckpoints(ModelCheckpoint):
         candidates = super()._monitor_candidates(trainer)
         candidates["step"] = torch.tensor(trainer.global_step)
         return candidates
+
+    def nemo_topk_check_previous_run(self) -> None:
+        """Take up the checkpoints that earlier runs left in the folder.
+
+        NeMo reads the step from the first "step" anywhere in the path, a parent folder's too.
+        """
+        found = complete_checkpoints(Path(self.dirpath))[-self.keep :]
+        self.best_k_models = {str(path): torch.tensor(step_of(path)) for path in found}
+        self.kth_best_model_path = str(found[0]) if found else ""
+        self.best_model_path = str(found[-1]) if found else ""
+        self.best_model_score = self.best_k_models.get(self.best_model_path)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Write a last checkpoint if the run ended between two."""
@@ -93,9 +104,19 @@ class LatestResume(AutoResume):
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """Return the complete checkpoint of the highest step in a folder, or None."""
-    found = [path for path in folder.glob("*step=*") if _STEP.search(path.name)]
-    complete = [path for path in found if is_complete(path)]
-    return max(complete, key=lambda path: int(_STEP.search(path.name)[1]), default=None)  # type: ignore[index]
+    found = complete_checkpoints(folder)
+    return found[-1] if found else None
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints in a folder, the lowest step first."""
+    found = [path for path in folder.glob("step=*") if _NAME.fullmatch(path.name)]
+    return sorted(filter(is_complete, found), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Return the optimizer step in a checkpoint folder's name."""
+    return int(path.name.partition("=")[2])
 
 
 def is_complete(path: Path) -> bool:

@@ -167,6 +167,29 @@ def refuse_resume(*, resuming: bool, distributed_optimizer: bool, on_cpu: bool) 
         )
 
 
+def refuse_other_optimizers(optimizers: Any, states: Any, expert_parallel: int) -> None:
+    """Refuse optimizer state that was saved by another number of Megatron optimizers.
+
+    Megatron gives experts an optimizer of their own where they are split over ranks.
+
+    Raises:
+        RuntimeRefusal: If the numbers differ.
+    """
+    for optimizer, state in zip(optimizers, states, strict=False):
+        inner = getattr(optimizer, "mcore_optimizer", optimizer)
+        have = len(getattr(inner, "chained_optimizers", [inner]))
+        saved = len(state) if all(isinstance(key, int) for key in state) else 1
+        if have != saved:
+            raise RuntimeRefusal(
+                "The optimizer state belongs to another expert-parallel layout",
+                given=f"state of {saved} optimizers, and "
+                f"expert_model_parallel_size={expert_parallel} makes {have}",
+                allowed="the expert_model_parallel_size the checkpoint was saved with",
+                hint="that size, or the checkpoint's weights alone: "
+                "resume.restore_config=RestoreConfig(path=...)",
+            )
+
+
 def check_optimizer_steps(optimizer: Any, *, expected: int) -> None:
     """Check that every restored optimizer step count is the checkpoint's.
 

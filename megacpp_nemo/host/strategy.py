@@ -22,6 +22,7 @@ from megacpp_nemo.host.cpu import RUNTIME  # noqa: E402
 from megacpp_nemo.host.preflight import (  # noqa: E402
     check_optimizer_steps,
     refuse_layout,
+    refuse_other_optimizers,
     refuse_resume,
     refuse_unbuilt,
 )
@@ -90,6 +91,18 @@ class HybridStrategy(MegatronStrategy):
         if checkpoint.get("optimizer") and self.should_restore_optimizer_states():
             self._restored_step = checkpoint.get("global_step")
         return checkpoint
+
+    def load_optimizer_state_dict(self, checkpoint: Any, selective_restore: bool = False) -> None:
+        """Load the optimizer's state.
+
+        Raises:
+            RuntimeRefusal: If it was saved under another number of optimizers, which Megatron
+                makes by the layout of the experts.
+        """
+        parts = checkpoint.get("optimizer") or []
+        if self.should_restore_optimizer_states(selective_restore=selective_restore):
+            refuse_other_optimizers(self.optimizers, parts, self.expert_model_parallel_size)
+        super().load_optimizer_state_dict(checkpoint, selective_restore=selective_restore)
 
     def on_train_start(self) -> None:
         """Check the restored optimizer before its first step."""
