@@ -1,0 +1,43 @@
+# make train   install into .venv and train nam56r_tiny on real C++
+# make test    install into .venv and run lint, format check, type check and tests
+#
+# PYTHON picks the interpreter, RUN the folder of the run: `make train RUN=runs/mine` resumes
+# that run, or starts it.
+
+PYTHON ?= python3
+RUN ?= runs/nam56r_tiny-$(shell date +%Y%m%d-%H%M%S)
+
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := configs/constraints-cpu.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+
+.PHONY: train test lint clean
+
+train: $(VENV)/.installed
+	$(BIN)/nemo llm pretrain --factory "nam56r_tiny(log_dir='$(RUN)')" --yes
+
+test: $(VENV)/.installed-dev lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict megacpp_nemo/contract megacpp_nemo/lowering
+	$(BIN)/mypy
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp is written only after a complete install, so an interrupted one is done again.
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml $(CONSTRAINTS)
+	@echo "Installing megacpp-nemo and what it needs into $(VENV): a few minutes, once."
+	$(INSTALL) --editable ".[triton]"
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(INSTALL) --editable ".[triton,dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info
