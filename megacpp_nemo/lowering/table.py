@@ -1,9 +1,10 @@
 """The correspondence table: where each recipe field stands in NeMo's configuration.
 
-One row per leaf field of `HybridRecipe`. A row lists the paths in the NeMo recipe (a
-`nemo_run.Partial` of `llm.pretrain`) that carry the field, and how NeMo spells the value. A
-row without paths says why. The NeMo recipe is built from this table, and a test holds it
-complete: adding a field to the contract without a row fails.
+Every leaf field of `HybridRecipe` has a row. A row lists the paths in the NeMo recipe (a
+`nemo_run.Partial` of `llm.pretrain`) that carry the field, and how NeMo spells the value; a
+field that NeMo spells in two ways has two rows. A row without paths says why. The NeMo recipe
+is built from this table, and a test holds it complete: adding a field to the contract without a
+row fails.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megacpp_nemo.contract.recipe import HybridRecipe
+from megacpp_nemo.contract.training import Precision
 
 
 def _same(value: Any, recipe: HybridRecipe) -> Any:
@@ -30,7 +32,9 @@ class Row:
     Args:
         field: Dotted path in the recipe.
         nemo: Dotted paths in the NeMo recipe that carry it.
-        spell: `(value, recipe) -> value` as NeMo spells it.
+        built: Dotted paths that carry it as an object of torch or NeMo, which this storey does
+            not import; `recipes.build` makes the objects.
+        spell: `(value, recipe) -> value` as NeMo spells it at the `nemo` paths.
         when: Whether the field is carried for this recipe; the paths keep NeMo's defaults
             otherwise.
         note: Why there is no path, or what is special.
@@ -38,6 +42,7 @@ class Row:
 
     field: str
     nemo: tuple[str, ...] = ()
+    built: tuple[str, ...] = ()
     spell: Callable[[Any, HybridRecipe], Any] = _same
     when: Callable[[HybridRecipe], bool] = _always
     note: str = ""
@@ -66,9 +71,15 @@ def _not_built(prefix: str, *names: str) -> list[Row]:
 
 
 CONFIG = "model.config"
+SAMPLES = "data.num_train_samples"
 
 ROWS: tuple[Row, ...] = (
-    Row(field="name", note="names the run's folder, log.explicit_log_dir"),
+    Row(
+        field="name",
+        nemo=("log.explicit_log_dir",),
+        spell=lambda name, recipe: f"runs/{name}",
+        note="its ending decides where the data comes from, see trains_tokenizer",
+    ),
     Row(
         field="pattern",
         nemo=(f"{CONFIG}.hybrid_override_pattern",),
@@ -147,8 +158,8 @@ ROWS: tuple[Row, ...] = (
     Row(
         field="model.experts.activation",
         nemo=(f"{CONFIG}.gated_linear_unit",),
+        built=(f"{CONFIG}.activation_func",),
         spell=lambda activation, recipe: activation == "swiglu",
-        note="the function itself is set beside it",
     ),
     *_rows(
         "model.mamba",
@@ -237,8 +248,15 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         field="precision",
-        nemo=("trainer.plugins", f"{CONFIG}.params_dtype", f"{CONFIG}.bf16", "optim.config.bf16"),
-        note="built from the precision's name; see recipes.build",
+        nemo=(f"{CONFIG}.bf16", "optim.config.bf16"),
+        built=(
+            f"{CONFIG}.params_dtype",
+            f"{CONFIG}.pipeline_dtype",
+            "optim.config.params_dtype",
+            "trainer.strategy.pipeline_dtype",
+            "trainer.plugins",
+        ),
+        spell=lambda precision, recipe: precision is not Precision.FP32,
     ),
     *_rows(
         "batch",
@@ -257,10 +275,21 @@ ROWS: tuple[Row, ...] = (
             "clip_grad": "clip_grad",
         },
     ),
+    Row(
+        field="batch.global_batch_size",
+        nemo=(SAMPLES,),
+        spell=lambda size, recipe: size * recipe.schedule.decay_steps,
+        note="rows laid out up to decay_steps, so that extending a run keeps their order",
+    ),
     *_rows(
         "schedule",
         "optim.lr_scheduler",
         {"min_lr": "min_lr", "warmup_steps": "warmup_steps", "decay_steps": "decay_steps"},
+    ),
+    Row(
+        field="schedule.decay_steps",
+        nemo=(SAMPLES,),
+        spell=lambda steps, recipe: steps * recipe.batch.global_batch_size,
     ),
     Row(field="schedule.train_steps", nemo=("trainer.max_steps",)),
     Row(field="schedule.seed", nemo=("data.seed",)),
@@ -284,6 +313,16 @@ ROWS: tuple[Row, ...] = (
         {name: name for name in ("ngram_hash", "structure", "reset_state", "reset_attention_mask")},
     ),
 )
+
+
+def carried(recipe: HybridRecipe) -> dict[str, Any]:
+    """Return every path of the NeMo recipe that carries a field of `recipe`, with its value."""
+    return {
+        path: row.spell(row.value(recipe), recipe)
+        for row in ROWS
+        if row.when(recipe)
+        for path in row.nemo
+    }
 
 
 def trains_tokenizer(recipe: HybridRecipe) -> bool:

@@ -1,7 +1,9 @@
-"""Multi-latent attention behind one narrow adapter.
+"""Attention behind one narrow adapter.
 
-- `LatentAttention`: Megatron's MLA for a hybrid stack, whatever the release passes to it.
-- `LatentDotProduct`: the attention core where Transformer Engine is absent.
+- `LatentAttention`: Megatron's multi-latent attention (MLA) for a hybrid stack, whatever the
+  release passes to it.
+- `LatentDotProduct`: its attention core where Transformer Engine is absent.
+- `GroupedAttention`: Megatron's plain attention, told of document boundaries.
 """
 
 from __future__ import annotations
@@ -9,11 +11,18 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_tensor_model_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
-from torch import Tensor
+from torch import Tensor, nn
 
-from megacpp_nemo.model.documents import DocumentBoundaries
+from megacpp_nemo.contract.errors import RuntimeRefusal
+from megacpp_nemo.model.documents import attention_within_documents
 
 _TAKES_OFFSET = "pp_layer_offset" in inspect.signature(MLASelfAttention.__init__).parameters
 
@@ -24,24 +33,52 @@ class LatentAttention(MLASelfAttention):
     Absorbs what drifts between releases: a `pp_layer_offset` that comes or goes, and a rotary
     embedding made by the model, which MLA refuses because it makes its own. Document
     boundaries of packed rows become an attention mask where the configuration asks for it.
+
+    Raises:
+        RuntimeRefusal: Under tensor parallelism without sequence parallelism.
     """
 
-    def __init__(self, *args: Any, pp_layer_offset: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, config: Any, *args: Any, pp_layer_offset: int | None = None, **kwargs: Any
+    ) -> None:
         if _TAKES_OFFSET and pp_layer_offset is not None:
             kwargs["pp_layer_offset"] = pp_layer_offset
-        super().__init__(*args, **kwargs)
+        super().__init__(config, *args, **kwargs)
+        if self.tp_group.size() == 1:
+            return
+        if not config.sequence_parallel:
+            # Upstream sums the query norm's gradient once too often, and that of the rotary
+            # keys once too seldom.
+            raise RuntimeRefusal(
+                "Latent attention has wrong gradients in Megatron under tensor parallelism "
+                "without sequence parallelism",
+                given=f"sequence_parallel=False, tensor_model_parallel_size={self.tp_group.size()}",
+                allowed="sequence_parallel=True, or tensor_model_parallel_size=1",
+                hint="sequence_parallel=True",
+            )
+        if isinstance(self.linear_kv_down_proj, ColumnParallelLinear):
+            self.linear_kv_down_proj.register_forward_hook(self._gather_latents)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Attend over `hidden_states` `[seq, batch, hidden]`; return output and bias."""
         kwargs.update(rotary_pos_emb=None, rotary_pos_cos=None, rotary_pos_sin=None)
-        boundaries = kwargs.get("packed_seq_params")
-        if isinstance(boundaries, DocumentBoundaries):
-            kwargs["packed_seq_params"] = None
-            if getattr(self.config, "reset_attention_mask", False):
-                attention_mask = boundaries.attention_mask()
+        attention_mask = attention_within_documents(self.config, attention_mask, kwargs)
         return super().forward(hidden_states, attention_mask, **kwargs)
+
+    def _gather_latents(
+        self, projection: nn.Module, inputs: Any, output: tuple[Tensor, Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return this rank's tokens with all columns, as a projection that is not split would.
+
+        Given a split projection's columns, upstream gathers them by itself and then keeps, of
+        the gradient of the rotary keys, which all heads share, only that of one rank's heads.
+        Given whole columns, it gathers the rotary keys over the tokens and sums over the heads.
+        """
+        columns, bias = output
+        whole = gather_from_tensor_model_parallel_region(columns, group=self.tp_group)
+        return scatter_to_sequence_parallel_region(whole, group=self.tp_group), bias
 
 
 class LatentDotProduct(DotProductAttention):
@@ -61,3 +98,14 @@ class LatentDotProduct(DotProductAttention):
         super().__init__(*args, **kwargs)
         if v_channels is not None:
             self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
+
+
+class GroupedAttention(SelfAttention):
+    """Megatron's grouped-query self-attention, told where documents begin in packed rows."""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend over `hidden_states` `[seq, batch, hidden]`; return output and bias."""
+        attention_mask = attention_within_documents(self.config, attention_mask, kwargs)
+        return super().forward(hidden_states, attention_mask, **kwargs)

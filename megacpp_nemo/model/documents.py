@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+
+from megacpp_nemo.contract.errors import RuntimeRefusal
 
 
 @dataclass
@@ -58,21 +61,35 @@ class DocumentBoundaries(PackedSeqParams):
         return (hidden | other).unsqueeze(1)
 
 
-def document_ids_of(packed_seq_params: PackedSeqParams | None) -> Tensor | None:
-    """Return the document ids `[batch, seq]` a layer was given, or None for whole rows.
+def document_ids_of(config: Any, packed_seq_params: PackedSeqParams | None) -> Tensor | None:
+    """Return the document ids `[batch, seq]` at which a recurrent layer starts anew.
+
+    None if rows are whole or the configuration keeps the state across documents.
 
     Raises:
         RuntimeRefusal: For Megatron's `thd` packing, which these mixers do not read.
     """
+    if isinstance(packed_seq_params, DocumentBoundaries):
+        return packed_seq_params.document_ids if config.reset_state else None
     if packed_seq_params is None:
         return None
-    if isinstance(packed_seq_params, DocumentBoundaries):
-        return packed_seq_params.document_ids
-    from megacpp_nemo.contract.errors import RuntimeRefusal
-
     raise RuntimeRefusal(
         "This mixer does not read Megatron's packed (thd) sequences",
         given=f"packed_seq_params with qkv_format={packed_seq_params.qkv_format!r}",
         allowed="rows of shape [batch, seq] with document_ids",
         hint="a data module of this package, or one document per row",
     )
+
+
+def attention_within_documents(
+    config: Any, attention_mask: Tensor | None, arguments: dict[str, Any]
+) -> Tensor | None:
+    """Return the mask of an attention layer, taking document boundaries out of its arguments.
+
+    Attention cores take boundaries as a mask only; Megatron's own packing passes unchanged.
+    """
+    boundaries = arguments.get("packed_seq_params")
+    if not isinstance(boundaries, DocumentBoundaries):
+        return attention_mask
+    arguments["packed_seq_params"] = None
+    return boundaries.attention_mask() if config.reset_attention_mask else attention_mask

@@ -29,12 +29,12 @@ def split_over_tensor_ranks(*parameters: nn.Parameter) -> None:
 def depthwise_conv(channels: int, width: int, dtype: torch.dtype) -> nn.Conv1d:
     """Return a depthwise convolution's weight `[channels, 1, width]` and bias, split over ranks.
 
-    The module only holds the parameters, under the names of Megatron's Mamba mixer.
+    The module only holds the parameters, under the names of Megatron's Mamba mixer, whose
+    initial distribution is torch's own.
     """
     conv = nn.Conv1d(
         channels, channels, width, groups=channels, device=parameter_device(), dtype=dtype
     )
-    nn.init.kaiming_uniform_(conv.weight, a=math.sqrt(5))
     assert conv.bias is not None
     split_over_tensor_ranks(conv.weight, conv.bias)  # type: ignore[arg-type]
     return conv

@@ -35,9 +35,9 @@ from megacpp_nemo.model.ssd import ssd_chunked
 class FusedMambaMixer(MambaMixer):
     """Megatron's Mamba mixer, told where documents begin in rows of shape `[batch, seq]`."""
 
-    def _create_packed_seq_idx(self, packed_seq_params: Any, total_tokens: int) -> Tensor:
+    def _create_packed_seq_idx(self, packed_seq_params: Any, total_tokens: int) -> Tensor | None:
         if isinstance(packed_seq_params, DocumentBoundaries):
-            return packed_seq_params.sequence_index()
+            return packed_seq_params.sequence_index() if self.config.reset_state else None
         return super()._create_packed_seq_idx(packed_seq_params, total_tokens)
 
 
@@ -145,7 +145,7 @@ class PortableMambaMixer(MambaMixer):
     ) -> tuple[Tensor, Tensor | None]:
         """Mix `hidden_states` `[seq, batch, hidden]` along the sequence; return it and a bias."""
         refuse_generation(self, inference_context or inference_params)
-        documents = document_ids_of(packed_seq_params)
+        documents = document_ids_of(self.config, packed_seq_params)
         projected = self.in_proj(hidden_states)[0].transpose(0, 1)
         gate, channels, steps = projected.split(
             [

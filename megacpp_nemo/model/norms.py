@@ -10,9 +10,14 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+)
 from megatron.core.utils import get_pg_size
 from torch import Tensor, nn
+
+from megacpp_nemo.model.initial import parameter_device, split_over_tensor_ranks
 
 
 class LocalRMSNorm(nn.Module):
@@ -30,7 +35,8 @@ class LocalRMSNorm(nn.Module):
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        ones = torch.ones(hidden_size, dtype=config.params_dtype, device=parameter_device())
+        self.weight = nn.Parameter(ones)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,10 +66,9 @@ class GatedRMSNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.eps, self.group_size, self.tp_group = eps, group_size, tp_group
-        self.weight = nn.Parameter(torch.ones(width, dtype=config.params_dtype))
-        self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
-        self.weight.partition_dim = 0  # type: ignore[attr-defined]
-        self.weight.partition_stride = 1  # type: ignore[attr-defined]
+        ones = torch.ones(width, dtype=config.params_dtype, device=parameter_device())
+        self.weight = nn.Parameter(ones)
+        split_over_tensor_ranks(self.weight)
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """Return the gated and normalized `x` `[..., width]`, computed in fp32, in `x`'s dtype."""
@@ -94,5 +99,5 @@ class GatedRMSNorm(nn.Module):
             {"weight": 0},
             sharded_offsets,
             tp_group=self.tp_group,
-            dp_cp_group=(metadata or {})["dp_cp_group"],
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
         )

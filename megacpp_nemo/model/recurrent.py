@@ -148,7 +148,7 @@ class RecurrentMixer(MegatronModule):
     ) -> tuple[Tensor, Tensor | None]:
         """Mix `hidden_states` `[seq, batch, hidden]` along the sequence; return it and a bias."""
         refuse_generation(self, inference_context or inference_params)
-        documents = document_ids_of(packed_seq_params)
+        documents = document_ids_of(self.config, packed_seq_params)
         projected = self.in_proj(hidden_states)[0].transpose(0, 1)
         channels, gate, forget = projected.split(
             [2 * self.qk_size + self.value_size, self.value_size, self.num_heads], dim=-1
