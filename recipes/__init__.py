@@ -1,10 +1,41 @@
 """Recipes for `nemo llm pretrain` and `nemo llm finetune`, and for Python.
 
-from megacpp_nemo.recipes import nam56r_tiny
+    from megacpp_nemo.recipes import nam56r_tiny
 
-recipe = nam56r_tiny(depth=24)      # a nemo_run.Partial of llm.pretrain
-recipe.trainer.max_steps = 100      # change any part of it
+    recipe = nam56r_tiny(depth=24)      # a nemo_run.Partial of llm.pretrain
+    recipe.trainer.max_steps = 100      # change any part of it
+
+The story, one file a chapter:
+
+- `build`: a structured recipe as NeMo's configuration
+- `finetune`: the same, starting from a checkpoint's weights and tokenizer
+- `corpora`: data parts for any recipe
+- `factories`: all of it by name, for the command line
+- `command_line`: what NeMo-Run says of a wrong argument
 """
 
-from megacpp_nemo.recipes.factories import *  # noqa: F403
-from megacpp_nemo.recipes.factories import FACTORIES, __all__  # noqa: F401
+from megacpp_nemo.host import compat
+
+compat.install()  # before NeMo, whose checkpoint module needs one of the adapters
+
+from megacpp_nemo.recipes import command_line  # noqa: E402
+from megacpp_nemo.recipes.build import model_config, to_nemo  # noqa: E402
+from megacpp_nemo.recipes.corpora import cpp_folder, cpp_headers, indexed_files  # noqa: E402
+from megacpp_nemo.recipes.corpora import use_data as use_data  # noqa: E402
+from megacpp_nemo.recipes.factories import FACTORIES  # noqa: E402
+from megacpp_nemo.recipes.finetune import to_finetune  # noqa: E402
+
+globals().update(FACTORIES)
+command_line.install()
+
+__all__ = [
+    "FACTORIES",
+    "cpp_folder",
+    "cpp_headers",
+    "indexed_files",
+    "model_config",
+    "to_finetune",
+    "to_nemo",
+    "use_data",
+    *FACTORIES,
+]

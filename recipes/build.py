@@ -11,29 +11,23 @@ from typing import Any
 import nemo_run as run
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.loggers import TensorBoardLogger
+from megatron.core.activations import squared_relu
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from nemo import lightning as nl
+from nemo.collections import llm
+from nemo.lightning.pytorch.optim import MegatronOptimizerModule
+from nemo.lightning.pytorch.plugins.mixed_precision import MegatronMixedPrecision
 
-from megacpp_nemo.contract.recipe import HybridRecipe
-from megacpp_nemo.contract.training import Precision
-from megacpp_nemo.host import compat
-
-compat.install()  # before NeMo, whose checkpoint module needs one of the adapters
-
-from lightning.pytorch.loggers import TensorBoardLogger  # noqa: E402
-from megatron.core.activations import squared_relu  # noqa: E402
-from megatron.core.distributed import DistributedDataParallelConfig  # noqa: E402
-from megatron.core.optimizer import OptimizerConfig  # noqa: E402
-from nemo import lightning as nl  # noqa: E402
-from nemo.collections import llm  # noqa: E402
-from nemo.lightning.pytorch.optim import MegatronOptimizerModule  # noqa: E402
-from nemo.lightning.pytorch.plugins.mixed_precision import MegatronMixedPrecision  # noqa: E402
-
-from megacpp_nemo.data.module import CppDataModule, IndexedDataModule  # noqa: E402
-from megacpp_nemo.host.checkpoint import LatestCheckpoints, LatestResume  # noqa: E402
-from megacpp_nemo.host.progress import RunProgress, RunSummary  # noqa: E402
-from megacpp_nemo.host.schedule import CosineSchedule  # noqa: E402
-from megacpp_nemo.host.strategy import HybridStrategy  # noqa: E402
-from megacpp_nemo.lowering.table import ROWS, trains_tokenizer  # noqa: E402
-from megacpp_nemo.model.config import HybridConfig, HybridModel  # noqa: E402
+from megacpp_nemo.contract import HybridRecipe, Precision
+from megacpp_nemo.data.module import CppDataModule, IndexedDataModule
+from megacpp_nemo.host.checkpoint import LatestCheckpoints, LatestResume
+from megacpp_nemo.host.progress import RunProgress, RunSummary
+from megacpp_nemo.host.schedule import CosineSchedule
+from megacpp_nemo.host.strategy import HybridStrategy
+from megacpp_nemo.lowering.table import carried, trains_tokenizer
+from megacpp_nemo.model.config import HybridConfig, HybridModel
 
 GPU_PACKAGES = ("transformer_engine", "mamba_ssm", "causal_conv1d")
 ACTIVATIONS = {"gelu": F.gelu, "squared_relu": squared_relu, "swiglu": F.silu}
@@ -46,15 +40,13 @@ def to_nemo(recipe: HybridRecipe, *, log_dir: str | None = None) -> run.Partial:
         recipe: What to train.
         log_dir: Folder of this run; `runs/NAME` if not given.
     """
-    frame = _frame(recipe, log_dir or f"runs/{recipe.name}")
-    for row in ROWS:
-        if row.field == "precision" or not row.when(recipe):
-            continue
-        for path in row.nemo:
-            _set(frame, path, row.spell(row.value(recipe), recipe))
+    frame = _frame(recipe)
+    for path, value in carried(recipe).items():
+        _set(frame, path, value)
     frame.model.config.activation_func = ACTIVATIONS[recipe.model.experts.activation]
     _set_precision(frame, recipe.precision)
-    frame.data.num_train_samples = recipe.schedule.decay_steps * recipe.batch.global_batch_size
+    if log_dir is not None:
+        frame.log.explicit_log_dir = str(log_dir)
     return frame
 
 
@@ -63,7 +55,7 @@ def model_config(recipe: HybridRecipe) -> run.Config:
     return to_nemo(recipe).model
 
 
-def _frame(recipe: HybridRecipe, log_dir: str) -> run.Partial:
+def _frame(recipe: HybridRecipe) -> run.Partial:
     return run.Partial(
         llm.pretrain,
         model=run.Config(HybridModel, config=_model_frame(recipe)),
@@ -76,7 +68,6 @@ def _frame(recipe: HybridRecipe, log_dir: str) -> run.Partial:
         ),
         log=run.Config(
             nl.NeMoLogger,
-            explicit_log_dir=log_dir,
             ckpt=run.Config(LatestCheckpoints),
             tensorboard=run.Config(TensorBoardLogger, save_dir="tensorboard", name=""),
         ),
@@ -124,10 +115,9 @@ def _trainer_frame() -> run.Config:
 def _set_precision(frame: run.Partial, precision: Precision) -> None:
     full = precision is Precision.FP32
     dtype = torch.float32 if full else torch.bfloat16
-    config, optimizer = frame.model.config, frame.optim.config
-    config.params_dtype = config.pipeline_dtype = optimizer.params_dtype = dtype
-    config.bf16 = optimizer.bf16 = not full
-    frame.trainer.strategy.pipeline_dtype = dtype
+    config, strategy = frame.model.config, frame.trainer.strategy
+    config.params_dtype = config.pipeline_dtype = strategy.pipeline_dtype = dtype
+    frame.optim.config.params_dtype = dtype
     if full:
         return
     frame.trainer.plugins = run.Config(

@@ -5,150 +5,113 @@
     nemo llm finetune --factory "nam56r_tiny(checkpoint='runs/nam56r_tiny/checkpoints/step=240')"
     nemo llm pretrain --factory nam56r_tiny model="nam56r_tiny_model(depth=24)"
 
-The same names are functions here: `nam56r_tiny(depth=24)` returns the `run.Partial`.
+The same names are functions here: `nam56r_tiny(depth=24)` returns the `run.Partial`. A recipe
+takes every field of `HybridRecipe` by name, or by its path with `__` for `.`:
+`nam56r_tiny(hidden_size=256, mamba__num_heads=8)`.
 """
 
 # NeMo-Run reads these annotations to parse its command line: it resolves neither annotations
-# kept as text nor `X | Y`.
+# kept as text nor `X | Y`. The type of `changes` is left open, so that a wrong value meets the
+# recipe's own rule and its message.
 # ruff: noqa: UP045
 
+import textwrap
 from collections.abc import Callable
 from typing import Any, Optional
 
 import lightning.pytorch as pl
 import nemo_run as run
-from megacpp_nemo.recipes.build import llm, model_config, nl, to_nemo
+from nemo import lightning as nl
+from nemo.collections import llm
 
 from megacpp_nemo.contract import RECIPE_NAMES, HybridRecipe, describe, recipe
-from megacpp_nemo.contract.errors import RecipeError
+from megacpp_nemo.recipes.build import to_nemo
+from megacpp_nemo.recipes.finetune import to_finetune
+
+# What NeMo's own recipes call these fields.
+NEMO_NAMES = {
+    "num_layers": "depth",
+    "num_gpus_per_node": "parallelism.devices_per_node",
+    "max_steps": "schedule.train_steps",
+    "mtp_num_layers": "model.mtp.num_layers",
+}
+
+# NeMo's command line finds a part by the base class that `llm.pretrain` names.
+PARTS: dict[str, type] = {
+    "model": pl.LightningModule,
+    "data": pl.LightningDataModule,
+    "trainer": nl.Trainer,
+    "optim": nl.OptimizerModule,
+}
+
+ARGUMENTS = """
+Args:
+    mode: nemo_native (TP 2, Megatron's
+        Mamba) or author_dp (data parallel,
+        Mamba-3).
+    **changes: Any field of HybridRecipe:
+        pattern, depth, hidden_size,
+        tensor_model_parallel_size,
+        precision, train_steps, ..."""
+RUN_ARGUMENTS = """
+    log_dir: Folder of the run."""
+FINETUNE_ARGUMENTS = """
+    checkpoint: Folder 'step=N' of a run.
+    tokenizer_dir: Tokenizer; the one in the
+        checkpoint if not given."""
 
 
-def intent(
-    name: str,
-    mode: str = "nemo_native",
-    num_gpus_per_node: Optional[int] = None,
-    **changes: Any,
-) -> HybridRecipe:
-    """Return a recipe's structured intent with changes; None leaves a field as it is."""
-    given = {key: value for key, value in changes.items() if value is not None}
-    given = {key.replace("__", "."): value for key, value in given.items()}
-    if num_gpus_per_node is not None:
-        given["devices_per_node"] = num_gpus_per_node
-    return recipe(name, mode=mode, changes=given)
+def changed(name: str, mode: str, changes: dict[str, Any]) -> HybridRecipe:
+    """Return a recipe by name with fields changed, each under its own name or NeMo's.
+
+    Raises:
+        PatternError: If a changed pattern does not fit.
+        RecipeError: If a field or mode does not exist, or settings contradict each other.
+    """
+    paths = {NEMO_NAMES.get(key, key.replace("__", ".")): key for key in changes}
+    return recipe(name, mode=mode, changes={path: changes[key] for path, key in paths.items()})
 
 
 def _pretrain(name: str) -> Callable[..., run.Partial]:
     def factory(
-        num_nodes: Optional[int] = None,
-        num_gpus_per_node: Optional[int] = None,
-        mode: str = "nemo_native",
-        precision: Optional[str] = None,
-        pattern: Optional[str] = None,
-        depth: Optional[int] = None,
-        hidden_size: Optional[int] = None,
-        seq_length: Optional[int] = None,
-        tensor_model_parallel_size: Optional[int] = None,
-        pipeline_model_parallel_size: Optional[int] = None,
-        expert_model_parallel_size: Optional[int] = None,
-        sequence_parallel: Optional[bool] = None,
-        micro_batch_size: Optional[int] = None,
-        global_batch_size: Optional[int] = None,
-        train_steps: Optional[int] = None,
-        sparse_attention: Optional[bool] = None,
-        ngram_hash: Optional[bool] = None,
-        mtp_num_layers: Optional[int] = None,
-        log_dir: Optional[str] = None,
+        mode: str = "nemo_native", log_dir: Optional[str] = None, **changes: Any
     ) -> run.Partial:
-        changed = intent(
-            name,
-            mode,
-            num_gpus_per_node,
-            num_nodes=num_nodes,
-            precision=precision,
-            pattern=pattern,
-            depth=depth,
-            hidden_size=hidden_size,
-            seq_length=seq_length,
-            tensor_model_parallel_size=tensor_model_parallel_size,
-            pipeline_model_parallel_size=pipeline_model_parallel_size,
-            expert_model_parallel_size=expert_model_parallel_size,
-            sequence_parallel=sequence_parallel,
-            micro_batch_size=micro_batch_size,
-            global_batch_size=global_batch_size,
-            train_steps=train_steps,
-            sparse_attention=sparse_attention,
-            ngram_hash=ngram_hash,
-            model__mtp__num_layers=mtp_num_layers,
-        )
-        return to_nemo(changed, log_dir=log_dir)
+        return to_nemo(changed(name, mode, changes), log_dir=log_dir)
 
-    return _named(factory, name, f"{describe(name)}.")
+    return _named(factory, name, f"{describe(name)}.", ARGUMENTS + RUN_ARGUMENTS)
 
 
 def _finetune(name: str) -> Callable[..., run.Partial]:
-    pretrain = _pretrain(name)
-
     def factory(
         checkpoint: Optional[str] = None,
+        tokenizer_dir: Optional[str] = None,
         mode: str = "nemo_native",
         log_dir: Optional[str] = None,
+        **changes: Any,
     ) -> run.Partial:
-        if checkpoint is None:
-            raise RecipeError(
-                "Fine-tuning starts from a checkpoint",
-                given="no checkpoint",
-                allowed="a checkpoint folder of the same model",
-                hint=f"--factory \"{name}(checkpoint='runs/{name}/checkpoints/step=240')\"",
-            )
-        base = pretrain(mode=mode, log_dir=log_dir or f"runs/{name}_finetune")
-        parts = {part: getattr(base, part) for part in ("model", "trainer", "data", "optim", "log")}
-        parts["resume"] = base.resume
-        parts["resume"].restore_config = run.Config(nl.RestoreConfig, path=checkpoint)
-        # The data module trains its tokenizer on its own files; NeMo checks the vocabulary
-        # against the restored weights.
-        return run.Partial(llm.finetune, **parts, tokenizer="data")
-
-    return _named(factory, name, f"{describe(name)}, fine-tuned from a checkpoint.")
-
-
-def _component(name: str, part: str, pick: Callable[[run.Partial], Any]) -> Callable[..., Any]:
-    pretrain = _pretrain(name)
-
-    def factory(
-        mode: str = "nemo_native",
-        precision: Optional[str] = None,
-        pattern: Optional[str] = None,
-        depth: Optional[int] = None,
-        hidden_size: Optional[int] = None,
-        seq_length: Optional[int] = None,
-    ) -> run.Config:
-        return pick(
-            pretrain(
-                mode=mode,
-                precision=precision,
-                pattern=pattern,
-                depth=depth,
-                hidden_size=hidden_size,
-                seq_length=seq_length,
-            )
+        return to_finetune(
+            changed(name, mode, changes),
+            checkpoint=checkpoint,
+            tokenizer_dir=tokenizer_dir,
+            log_dir=log_dir,
         )
 
-    return _named(factory, f"{name}_{part}", f"The {part} of {name}.")
+    what = f"{describe(name)}; from the weights and the tokenizer of a checkpoint."
+    return _named(factory, name, what, FINETUNE_ARGUMENTS + ARGUMENTS + RUN_ARGUMENTS)
 
 
-def _named(factory: Callable[..., Any], name: str, doc: str) -> Callable[..., Any]:
+def _part(name: str, part: str) -> Callable[..., run.Config]:
+    def factory(mode: str = "nemo_native", **changes: Any) -> run.Config:
+        return getattr(to_nemo(changed(name, mode, changes)), part)
+
+    return _named(factory, f"{name}_{part}", f"The {part} of {name}.", ARGUMENTS)
+
+
+def _named(factory: Callable[..., Any], name: str, what: str, arguments: str) -> Callable[..., Any]:
     factory.__name__ = factory.__qualname__ = name
-    factory.__doc__ = doc
+    # NeMo-Run shows this beside the name, in a column that cuts long lines off.
+    factory.__doc__ = textwrap.fill(what, width=42) + "\n" + arguments
     return factory
-
-
-# NeMo's command line looks a part up by the base class that `llm.pretrain` names.
-COMPONENTS: dict[str, tuple[type, Callable[[run.Partial], Any]]] = {
-    "model": (pl.LightningModule, lambda partial: partial.model),
-    "data": (pl.LightningDataModule, lambda partial: partial.data),
-    "trainer": (nl.Trainer, lambda partial: partial.trainer),
-    "optim": (nl.OptimizerModule, lambda partial: partial.optim),
-}
 
 
 def _register() -> dict[str, Callable[..., Any]]:
@@ -158,14 +121,10 @@ def _register() -> dict[str, Callable[..., Any]]:
         functions[f"{name}_finetune"] = run.cli.factory(
             _finetune(name), target=llm.finetune, name=name
         )
-        for part, (target, pick) in COMPONENTS.items():
+        for part, base in PARTS.items():
             full = f"{name}_{part}"
-            functions[full] = run.cli.factory(
-                _component(name, part, pick), target=target, name=full
-            )
+            functions[full] = run.cli.factory(_part(name, part), target=base, name=full)
     return functions
 
 
 FACTORIES = _register()
-globals().update(FACTORIES)
-__all__ = ["FACTORIES", "intent", "model_config", "to_nemo", *FACTORIES]

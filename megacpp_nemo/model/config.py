@@ -19,9 +19,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor, nn
 
-from megacpp_nemo.contract.errors import RecipeError
+from megacpp_nemo.contract.errors import RecipeError, lookup
 from megacpp_nemo.contract.pattern import FULL_NAM56R_PATTERN, BlockFamily, LayerPattern
-from megacpp_nemo.contract.rules import check_model
+from megacpp_nemo.contract.rules import check_layout, check_model
 from megacpp_nemo.host import compat
 
 compat.install()  # before NeMo, whose checkpoint module needs one of the adapters
@@ -33,8 +33,8 @@ from nemo.lightning import OptimizerModule, get_vocab_size  # noqa: E402
 
 from megacpp_nemo.host.preflight import refuse_unbuilt, require_packages  # noqa: E402
 from megacpp_nemo.model.documents import DocumentBoundaries  # noqa: E402
-from megacpp_nemo.model.shape import shape_of  # noqa: E402
-from megacpp_nemo.model.specs import hybrid_stack_spec  # noqa: E402
+from megacpp_nemo.model.shape import parallelism_of, shape_of  # noqa: E402
+from megacpp_nemo.model.specs import MAMBA_PATHS, hybrid_stack_spec  # noqa: E402
 
 
 def hybrid_data_step(dataloader_iter: Any) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def hybrid_forward_step(model: "HybridModel", batch: dict[str, Any]) -> Tensor:
 
     Rows without `document_ids` are each one document.
     """
-    ids = batch.get("document_ids") if model.config.reset_state else None
+    ids = batch.get("document_ids")
     return model(
         input_ids=batch["tokens"],
         position_ids=batch["position_ids"],
@@ -70,7 +70,7 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
     """Megatron configuration of a hybrid model.
 
     Fields of Megatron keep Megatron's names. `hybrid_override_pattern` holds our pattern
-    (`AEMEAEMEAEMR`, tiled to `num_layers`), read by `HybridStack`.
+    (`AEMEAEMEAEMR`, tiled to `num_layers`), read by `HybridStack`. The defaults are NAM56R's.
 
     Args:
         m2rnn_num_heads: Value, gate and transition heads of R layers.
@@ -93,26 +93,45 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
 
     Raises:
         PatternError: If the pattern cannot be read or does not fit `num_layers`.
-        RecipeError: If the sizes contradict each other.
+        RecipeError: If the sizes contradict each other or the parallel sizes.
     """
 
     hybrid_override_pattern: str = FULL_NAM56R_PATTERN
     num_layers: int = 52
     hidden_size: int = 3584
+    ffn_hidden_size: int = 18_944
+    seq_length: int = 4096
+    rotary_base: int = 500_000
     num_attention_heads: int = 56
+    kv_channels: int = 64
+    # Of the two ancestors that set it, Python takes the one that turns it off.
+    multi_latent_attention: bool = True
+    q_lora_rank: int = 64
+    kv_lora_rank: int = 64
+    qk_head_dim: int = 64
+    v_head_dim: int = 64
+    qk_layernorm: bool = True
     rope_type: str = "rope"
     apply_rope_fusion: bool = False
-    qk_layernorm: bool = True
+    num_moe_experts: Optional[int] = 16
+    moe_router_topk: int = 4
+    moe_ffn_hidden_size: int = 896
+    moe_shared_expert_intermediate_size: Optional[int] = 1024
+    moe_aux_loss_coeff: float = 1e-4
+    mamba_num_heads: int = 56
+    mamba_head_dim: int = 64
+    mamba_state_dim: int = 64
+    mamba_num_groups: int = 8
+    mamba_conv_width: int = 4
+    mamba_chunk_size: int = 128
+    mamba_lane: str = "native"
+    mamba_path: str = "auto"
     m2rnn_num_heads: int = 44
     m2rnn_num_qk_heads: int = 1
     m2rnn_key_dim: int = 64
     m2rnn_value_dim: int = 16
     m2rnn_conv_width: int = 4
     m2rnn_state_gradient_clip: float = 1.0
-    mamba_lane: str = "native"
-    mamba_path: str = "auto"
-    mamba_conv_width: int = 4
-    mamba_chunk_size: int = 128
     dsa_a_ranks: tuple[int, ...] = ()
     ngram_hash: bool = False
     structure: Optional[str] = None
@@ -126,20 +145,32 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
     def __post_init__(self) -> None:
         self.dsa_a_ranks = tuple(self.dsa_a_ranks)
         self.required_packages = tuple(self.required_packages)
-        layers = LayerPattern.parse(self.hybrid_override_pattern).tile(self.num_layers)
-        check_model(layers, *shape_of(self))
-        if BlockFamily.EXPERTS in layers.layers and not self.num_moe_experts:
-            raise RecipeError(
-                "The pattern has expert layers, but the model has no experts",
-                given=f"pattern {self.hybrid_override_pattern}, num_moe_experts=None",
-                allowed="a number of experts, or a pattern without E",
-                hint="num_moe_experts=16",
-            )
+        self._check()
         if self.multi_latent_attention:
             # Latent attention makes keys and values for every head; a smaller group count would
             # make Megatron's attention cores repeat them.
             self.num_query_groups = self.num_attention_heads
         super().__post_init__()
+
+    def _check(self) -> None:
+        """Check what the contract has rules for, before Megatron asserts on it."""
+        lookup(
+            {path: path for path in MAMBA_PATHS},
+            self.mamba_path,
+            what=f"No way to run the Mamba layers is called {self.mamba_path!r}",
+            field="mamba_path",
+        )
+        model, features = shape_of(self)
+        check_model(self.layers, model, features)
+        check_layout(self.layers, model, features, parallelism_of(self))
+        if BlockFamily.EXPERTS in self.layers.layers and not self.num_moe_experts:
+            raise RecipeError(
+                "The pattern has expert layers, but the model has no experts",
+                given=f"pattern {self.hybrid_override_pattern}, "
+                f"num_moe_experts={self.num_moe_experts}",
+                allowed="a number of experts, or a pattern without E",
+                hint="num_moe_experts=16",
+            )
 
     @property
     def layers(self) -> LayerPattern:
@@ -174,9 +205,13 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
             rotary_percent=self.rotary_percent,
             rotary_base=self.rotary_base,
             seq_len_interpolation_factor=self.seq_len_interpolation_factor,
-            pre_process=pre_process or parallel_state.is_pipeline_first_stage(),
-            post_process=post_process or parallel_state.is_pipeline_last_stage(),
+            pre_process=_or_else(pre_process, parallel_state.is_pipeline_first_stage),
+            post_process=_or_else(post_process, parallel_state.is_pipeline_last_stage),
         )
+
+
+def _or_else(given: Optional[bool], default: Callable[[], bool]) -> bool:
+    return default() if given is None else given
 
 
 class HybridModel(MambaModel):

@@ -27,6 +27,7 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor, nn
 
+from megacpp_nemo.contract.errors import RuntimeRefusal
 from megacpp_nemo.model.conv import causal_conv1d
 from megacpp_nemo.model.documents import document_ids_of
 from megacpp_nemo.model.initial import (
@@ -53,8 +54,8 @@ class RecurrentMixer(MegatronModule):
 
     The fused input projection holds, in order and each split over the ranks, q and k
     (`num_qk_heads * key_dim` each), v and g (`num_heads * value_dim` each) and the forget
-    gate's input (`num_heads`). Query/key heads too few to split are gathered, because every
-    rank's heads read them.
+    gate's input (`num_heads`). A single query/key head is split by its width and gathered,
+    because every rank's heads read it.
 
     Args:
         config: Megatron configuration with the `m2rnn_*` sizes.
@@ -63,6 +64,9 @@ class RecurrentMixer(MegatronModule):
         layer_number: 1-based layer number.
         pg_collection: Megatron's process groups.
         pp_layer_offset: Layers on earlier pipeline stages; unused here.
+
+    Raises:
+        RuntimeRefusal: If the heads do not divide over the tensor-parallel ranks.
     """
 
     def __init__(
@@ -75,6 +79,7 @@ class RecurrentMixer(MegatronModule):
         pp_layer_offset: int = 0,
     ) -> None:
         super().__init__(config)
+        _refuse_uneven_split(config, pg_collection.tp.size())
         self.layer_number, self.tp_group = layer_number, pg_collection.tp
         self._set_sizes(self.tp_group.size())
         self.in_proj = build_module(
@@ -112,7 +117,7 @@ class RecurrentMixer(MegatronModule):
         self.num_heads = config.m2rnn_num_heads // ranks
         self.value_size = self.num_heads * self.value_dim
         self.qk_size = config.m2rnn_num_qk_heads * self.key_dim // ranks
-        self.gather_qk = config.m2rnn_num_qk_heads % ranks != 0
+        self.gather_qk = config.m2rnn_num_qk_heads < ranks
         self.part_names = ["q", "k", "v", "g", "f"]
         self.part_sizes = [
             self.qk_size,
@@ -175,7 +180,7 @@ class RecurrentMixer(MegatronModule):
         return self.out_proj(mixed.transpose(0, 1).contiguous())
 
     def _shared_by_all_heads(self, part: Tensor) -> Tensor:
-        """Gather queries or keys that are too few to split; gradients sum over the ranks."""
+        """Gather the one query or key head; its gradients sum over the ranks."""
         if not self.gather_qk:
             return part
         full = gather_from_tensor_model_parallel_region(part, group=self.tp_group)
@@ -226,4 +231,18 @@ class RecurrentMixer(MegatronModule):
         """Save a fused tensor as its first `parts` logical parts, so that it reshards."""
         state[key] = _split_tensor_factory(
             state[key], self.part_sizes[:parts], self.part_names[:parts], 0
+        )
+
+
+def _refuse_uneven_split(config: Any, ranks: int) -> None:
+    heads, shared = config.m2rnn_num_heads, config.m2rnn_num_qk_heads
+    fits = shared % ranks == 0 or (shared == 1 and config.m2rnn_key_dim % ranks == 0)
+    if heads % ranks or not fits:
+        raise RuntimeRefusal(
+            "The M2RNN heads do not divide over the tensor-parallel ranks",
+            given=f"m2rnn_num_heads={heads}, m2rnn_num_qk_heads={shared}, "
+            f"m2rnn_key_dim={config.m2rnn_key_dim}, tensor_model_parallel_size={ranks}",
+            allowed="heads in multiples of the ranks; query/key heads too, or one whose key_dim "
+            "is such a multiple",
+            hint="m2rnn_num_qk_heads=1, or another tensor_model_parallel_size",
         )

@@ -6,6 +6,7 @@ shapes lets the same rules check them, with the same messages.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from megacpp_nemo.contract.shapes import (
@@ -67,15 +68,19 @@ def shape_of(config: Any) -> tuple[ModelShape, Features]:
     return model, features
 
 
-def parallelism_of(config: Any, *, world_size: int) -> Parallelism:
+def parallelism_of(config: Any, *, world_size: int | None = None) -> Parallelism:
     """Return the layout of a hybrid configuration over `world_size` processes.
+
+    Args:
+        config: Hybrid model configuration.
+        world_size: Number of processes; the fewest that the sizes allow if not given.
 
     Raises:
         RecipeError: If the parallel sizes do not fit each other or the processes.
     """
     return Parallelism(
         num_nodes=1,
-        devices_per_node=world_size,
+        devices_per_node=world_size or _fewest_processes(config),
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=config.virtual_pipeline_model_parallel_size,
@@ -87,6 +92,13 @@ def parallelism_of(config: Any, *, world_size: int) -> Parallelism:
         overlap_grad_reduce=False,
         overlap_param_gather=False,
     )
+
+
+def _fewest_processes(config: Any) -> int:
+    tensor = config.tensor_model_parallel_size
+    experts = config.expert_model_parallel_size * (config.expert_tensor_parallel_size or tensor)
+    stages = config.pipeline_model_parallel_size
+    return stages * math.lcm(tensor * config.context_parallel_size, experts)
 
 
 def _latent(config: Any) -> LatentShape:

@@ -20,7 +20,7 @@ from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
@@ -29,7 +29,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megacpp_nemo.contract.errors import RuntimeRefusal
 from megacpp_nemo.host.compat import transformer_engine_available
-from megacpp_nemo.model.attention import LatentAttention, LatentDotProduct
+from megacpp_nemo.model.attention import GroupedAttention, LatentAttention, LatentDotProduct
 from megacpp_nemo.model.mamba import FusedMambaMixer, PortableMambaMixer
 from megacpp_nemo.model.norms import LocalRMSNorm
 from megacpp_nemo.model.recurrent import RecurrentMixer, RecurrentMixerSubmodules
@@ -58,18 +58,22 @@ class Backend:
         """Return what this machine can run, with `mamba_path` demanded if not `auto`.
 
         Raises:
-            RuntimeRefusal: If the fused path is demanded and a kernel package is missing.
+            RuntimeRefusal: If the fused path is demanded where it cannot run.
         """
         missing = missing_packages(MAMBA_KERNELS)
+        if not torch.cuda.is_available():
+            missing.append("a CUDA device")
         if mamba_path == "fused" and missing:
             raise RuntimeRefusal(
-                "The fused Mamba path needs packages that are not installed",
+                "The fused Mamba path cannot run on this machine",
                 given=f"mamba_path='fused' without {', '.join(missing)}",
-                allowed=f"mamba_path among {', '.join(MAMBA_PATHS)}",
-                hint="mamba_path='auto', or install the 'gpu' extra",
+                allowed="mamba_path='auto' or 'portable'",
+                hint="mamba_path='auto', or the 'gpu' extra on a CUDA machine",
             )
-        fused = mamba_path != "portable" and not missing and torch.cuda.is_available()
-        return cls(transformer_engine=transformer_engine_available(), fused_mamba=fused)
+        return cls(
+            transformer_engine=transformer_engine_available(),
+            fused_mamba=mamba_path != "portable" and not missing,
+        )
 
     def __str__(self) -> str:
         attention = "Transformer Engine" if self.transformer_engine else "local"
@@ -89,7 +93,7 @@ def hybrid_stack_spec(config: Any, backend: Backend | None = None) -> ModuleSpec
         config: Hybrid model configuration.
         backend: What to build from; probed if not given.
     """
-    backend = backend or Backend.probe(getattr(config, "mamba_path", "auto"))
+    backend = backend or Backend.probe(config.mamba_path)
     logger.info("Hybrid layers are built from %s", backend)
     provider = TESpecProvider() if backend.transformer_engine else LocalSpecProvider()
     norm = provider.layer_norm() if backend.transformer_engine else LocalRMSNorm
@@ -106,40 +110,38 @@ def hybrid_stack_spec(config: Any, backend: Backend | None = None) -> ModuleSpec
 
 
 def _attention_layer(config: Any, provider: BackendSpecProvider, norm: type) -> ModuleSpec:
-    attention = (
-        _latent_attention(provider)
-        if config.multi_latent_attention
-        else _grouped_attention(provider)
-    )
-    fused = provider.fuse_layernorm_and_linear()
-    names = {}
-    if not fused:
+    fused, latent = provider.fuse_layernorm_and_linear(), config.multi_latent_attention
+    names: dict[str, str] = {}
+    if latent and not fused:
         names = {
             "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
             "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
         }
-    if not config.multi_latent_attention:
-        names = {} if fused else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    elif not fused:
+        names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             # Plain attention with Transformer Engine has its norm inside the projection.
-            input_layernorm=norm if config.multi_latent_attention or not fused else IdentityOp,
-            self_attention=attention,
+            input_layernorm=norm if latent or not fused else IdentityOp,
+            self_attention=(
+                _latent_attention(config, provider) if latent else _grouped_attention(provider)
+            ),
             self_attn_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=names,
         ),
     )
 
 
-def _latent_attention(provider: BackendSpecProvider) -> ModuleSpec:
+def _latent_attention(config: Any, provider: BackendSpecProvider) -> ModuleSpec:
     column = provider.column_parallel_linear()
+    down, up, inner_norm, core = column, column, IdentityOp, LatentDotProduct
     if provider.fuse_layernorm_and_linear():
-        down = provider.linear()  # type: ignore[attr-defined]
-        up, inner_norm = provider.column_parallel_layer_norm_linear(), IdentityOp
-        core = provider.core_attention()
-    else:
-        down, up, inner_norm, core = column, column, LocalRMSNorm, LatentDotProduct
+        down, core = provider.linear(), provider.core_attention()  # type: ignore[attr-defined]
+        if config.qk_layernorm:
+            up = provider.column_parallel_layer_norm_linear()
+    elif config.qk_layernorm:
+        inner_norm = LocalRMSNorm
     return ModuleSpec(
         module=LatentAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -158,9 +160,10 @@ def _latent_attention(provider: BackendSpecProvider) -> ModuleSpec:
 
 
 def _grouped_attention(provider: BackendSpecProvider) -> ModuleSpec:
+    """Return plain attention as in Megatron's hybrid models: without query and key norms."""
     fused = provider.column_parallel_layer_norm_linear()
     return ModuleSpec(
-        module=SelfAttention,
+        module=GroupedAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=fused or provider.column_parallel_linear(),
@@ -191,8 +194,8 @@ def _mamba_layer(config: Any, provider: BackendSpecProvider, backend: Backend) -
     mixer = ModuleSpec(
         module=FusedMambaMixer if backend.fused_mamba else PortableMambaMixer,
         params={
-            "chunk_size": getattr(config, "mamba_chunk_size", 128),
-            "d_conv": getattr(config, "mamba_conv_width", 4),
+            "chunk_size": config.mamba_chunk_size,
+            "d_conv": config.mamba_conv_width,
         },
         submodules=MambaMixerSubmodules(**_projections(provider)),
     )
