@@ -10,7 +10,7 @@ RUN ?= runs/nam56r_tiny-$(shell date +%Y%m%d-%H%M%S)
 VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := configs/constraints-cpu.txt
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
 .PHONY: train test lint clean
 

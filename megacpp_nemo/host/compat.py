@@ -57,14 +57,18 @@ def _tensorstore_missing() -> bool:
     module = sys.modules.get(_CHECKPOINT_IO)
     if module is not None and not module.HAVE_MEGATRON_CORE:
         return True
-    return importlib.util.find_spec(f"{_STRATEGIES}.tensorstore") is None
+    return not _has_module(f"{_STRATEGIES}.tensorstore")
+
+
+def _has_module(name: str) -> bool:
+    return name in sys.modules or importlib.util.find_spec(name) is not None
 
 
 def _provide_tensorstore() -> None:
     """Stand in for the removed module, and repair NeMo if it was imported without it."""
     package = importlib.import_module(_STRATEGIES)
     name = f"{_STRATEGIES}.tensorstore"
-    if name not in sys.modules and importlib.util.find_spec(name) is None:
+    if not _has_module(name):
         module = types.ModuleType(name, "Placeholder: zarr checkpoints left Megatron-Core in 0.16.")
         module.TensorStoreLoadShardedStrategy = _NoTensorStore  # type: ignore[attr-defined]
         sys.modules[name] = module

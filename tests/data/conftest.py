@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import random
-import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megacpp_nemo.data.corpus import Corpus, CorpusSpec, build_corpus
-
-# NeMo 2.7.3 imports this module, which megatron-core 0.16.1 no longer has; the package's own
-# adapter does the same for users.
-_GONE = "megatron.core.dist_checkpointing.strategies.tensorstore"
+from megacpp_nemo.host import compat
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _nemo_can_be_imported() -> None:
-    sys.modules.setdefault(_GONE, types.ModuleType(_GONE))
+def _adapters() -> None:
+    compat.install()
 
 
 @pytest.fixture(autouse=True)
