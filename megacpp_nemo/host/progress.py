@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks.progress import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm, TQDMProgressBar
 
 
 class RunProgress(TQDMProgressBar):
@@ -23,6 +23,7 @@ class RunProgress(TQDMProgressBar):
     def __init__(self, refresh_rate: int = 1) -> None:
         super().__init__(refresh_rate=refresh_rate)
         self._began, self._begun_at = 0.0, 0
+        self._shown: dict[str, int | str | float] = {}
 
     def on_train_start(self, *args: Any) -> None:
         """Start the clock at the first step, not at start-up."""
@@ -43,13 +44,13 @@ class RunProgress(TQDMProgressBar):
         if step % self.refresh_rate and step != trainer.max_steps:
             return
         metrics = trainer.callback_metrics
-        shown: dict[str, str] = {}
+        shown: dict[str, int | str | float] = {}
         if (loss := metrics.get("reduced_train_loss")) is not None:
             shown["loss"] = f"{float(loss):.3f}"
         if (value := metrics.get("val_loss")) is not None:
             shown["val"] = f"{float(value):.3f}"
         shown["tokens/s"] = f"{self.tokens_per_second(trainer):,.0f}"
-        bar.n = step
+        bar.n, self._shown = step, shown
         bar.set_postfix(shown, refresh=True)
 
     def on_train_epoch_end(self, *args: Any) -> None:
@@ -61,12 +62,13 @@ class RunProgress(TQDMProgressBar):
         tokens = (trainer.global_step - self._begun_at) * data.global_batch_size * data.seq_length
         return tokens / max(time.monotonic() - self._began, 1e-9)
 
-    # Validation runs in seconds; a second bar would only flicker.
+    def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, int | str | float]:
+        """Return what the last step showed; Lightning asks again after each validation."""
+        return dict(self._shown)
+
     def init_validation_tqdm(self) -> Any:
-        """Return a bar that shows nothing."""
-        bar = super().init_validation_tqdm()
-        bar.disable = True
-        return bar
+        """Return a bar that shows nothing: validation runs in seconds and would only flicker."""
+        return Tqdm(disable=True)
 
     init_sanity_tqdm = init_validation_tqdm
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.processes import RankFailed, in_process, in_processes
+from tests.support.processes import RankError, in_process, in_processes
 from tests.support.training import configure, small_recipe, train
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -97,7 +97,7 @@ def test_an_optimizer_of_another_expert_layout_is_refused_by_name(
         partial.resume.resume_from_path = str(checkpoint)
         train(partial)
 
-    with pytest.raises(RankFailed, match=r"(?s)RuntimeRefusal.*expert_model_parallel_size"):
+    with pytest.raises(RankError, match=r"(?s)RuntimeRefusal.*expert_model_parallel_size"):
         in_processes(run, ranks=2)
 
 

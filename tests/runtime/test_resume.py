@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megacpp_nemo.contract import RuntimeRefusal
-from tests.support.processes import RankFailed, in_process
+from tests.support.processes import RankError, in_process
 from tests.support.training import configure, small_recipe, train
 
 
@@ -77,7 +78,7 @@ def test_a_kill_during_a_save_loses_at_most_that_checkpoint(
     moment: str, at_step: int, sources: Path, tmp_path: Path
 ) -> None:
     unbroken = in_process(run_steps, sources, tmp_path / "unbroken", 15)
-    with pytest.raises((RankFailed, EOFError)):
+    with pytest.raises((RankError, EOFError)):
         in_process(
             lambda: kill_during_save(sources, tmp_path / "killed", at_step=at_step, moment=moment)
         )
@@ -98,7 +99,7 @@ def test_resuming_the_distributed_optimizer_on_a_cpu_is_refused(
 ) -> None:
     settings = {"use_distributed_optimizer": True}
     in_process(lambda: run_steps(sources, tmp_path, 5, **settings))
-    with pytest.raises(RankFailed, match=r"(?s)RuntimeRefusal.*distributed optimizer"):
+    with pytest.raises(RankError, match=r"(?s)RuntimeRefusal.*distributed optimizer"):
         in_process(lambda: run_steps(sources, tmp_path, 10, **settings))
 
 
@@ -108,20 +109,16 @@ def test_a_path_that_is_no_checkpoint_is_refused(sources: Path, tmp_path: Path) 
         partial.resume.resume_from_path = str(tmp_path / "nothing")
         train(partial)
 
-    with pytest.raises(RankFailed, match=r"RuntimeRefusal: There is no complete checkpoint"):
+    with pytest.raises(RankError, match=r"RuntimeRefusal: There is no complete checkpoint"):
         in_process(run)
 
 
 def test_a_wrong_optimizer_step_count_is_refused() -> None:
     from megacpp_nemo.host.preflight import check_optimizer_steps
 
-    class Inner:
-        state = {0: {"step": 4}, 1: {"step": 3}}
-
-    class Optimizer:
-        optimizer = Inner()
-
+    state = {0: {"step": 4}, 1: {"step": 3}}
+    optimizer = SimpleNamespace(optimizer=SimpleNamespace(state=state))
     with pytest.raises(RuntimeRefusal, match="wrong step count"):
-        check_optimizer_steps(Optimizer(), expected=4)
-    Inner.state[1]["step"] = 4
-    check_optimizer_steps(Optimizer(), expected=4)
+        check_optimizer_steps(optimizer, expected=4)
+    state[1]["step"] = 4
+    check_optimizer_steps(optimizer, expected=4)

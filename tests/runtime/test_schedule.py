@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def _imports(sources: Path) -> None:
 
 def test_it_warms_up_linearly_and_falls_as_a_cosine() -> None:
     values = rates(60, warmup_steps=10, decay_steps=50, min_lr=0.1)
-    assert all(later > earlier for earlier, later in zip(values[:9], values[1:10], strict=True))
+    assert all(later > earlier for earlier, later in itertools.pairwise(values[:10]))
     for step in (20, 30, 40):
         share = (step - 10) / (50 - 10)
         expected = 0.1 + 0.9 * (1 + math.cos(math.pi * share)) / 2

@@ -51,7 +51,7 @@ def in_process(function: Callable[..., Any], *args: Any) -> Any:
     return in_processes(function, *args)[0]
 
 
-class RankFailed(Exception):
+class RankError(Exception):
     """An exception on a rank; the text holds its type, message and traceback."""
 
 
@@ -65,7 +65,7 @@ def _collect(pipes: list[Connection], seconds: float) -> list[Any]:
         for pipe in ready:
             ok, value = pipe.recv()  # type: ignore[union-attr]
             if not ok:
-                raise RankFailed(value)
+                raise RankError(value)
             results[pipes.index(pipe)] = value  # type: ignore[arg-type]
     return [results[i] for i in range(len(pipes))]
 
