@@ -13,7 +13,7 @@ def _load():
     try:
         import megacpp_nemo.recipes  # noqa: F401
     except BaseException as error:
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        if isinstance(error, KeyboardInterrupt):
             raise
         IMPORT_ERROR = error
         import sys

@@ -11,7 +11,7 @@ The story, one file a chapter:
 - `finetune`: the same, starting from a checkpoint's weights and tokenizer
 - `corpora`: data parts for any recipe
 - `factories`: all of it by name, for the command line
-- `command_line`: what NeMo-Run says of a wrong argument
+- `command_line`, `explain`: what NeMo-Run says of a wrong argument
 """
 
 from megacpp_nemo.host import compat

@@ -24,7 +24,7 @@ import nemo_run as run
 from nemo import lightning as nl
 from nemo.collections import llm
 
-from megacpp_nemo.contract import RECIPE_NAMES, HybridRecipe, describe, recipe
+from megacpp_nemo.contract import RECIPE_NAMES, HybridRecipe, RecipeError, describe, recipe
 from megacpp_nemo.recipes.build import to_nemo
 from megacpp_nemo.recipes.finetune import to_finetune
 
@@ -44,8 +44,12 @@ PARTS: dict[str, type] = {
     "optim": nl.OptimizerModule,
 }
 
-ARGUMENTS = """
-Args:
+# Lines short enough for the column of `nemo llm pretrain --help --docs`.
+START = """
+    checkpoint: Folder 'step=N' of a run.
+    tokenizer_dir: Tokenizer; the one in the
+        checkpoint if not given."""
+WHAT = """
     mode: nemo_native (TP 2, Megatron's
         Mamba) or author_dp (data parallel,
         Mamba-3).
@@ -53,12 +57,8 @@ Args:
         pattern, depth, hidden_size,
         tensor_model_parallel_size,
         precision, train_steps, ..."""
-RUN_ARGUMENTS = """
+WHERE = """
     log_dir: Folder of the run."""
-FINETUNE_ARGUMENTS = """
-    checkpoint: Folder 'step=N' of a run.
-    tokenizer_dir: Tokenizer; the one in the
-        checkpoint if not given."""
 
 
 def changed(name: str, mode: str, changes: dict[str, Any]) -> HybridRecipe:
@@ -68,8 +68,18 @@ def changed(name: str, mode: str, changes: dict[str, Any]) -> HybridRecipe:
         PatternError: If a changed pattern does not fit.
         RecipeError: If a field or mode does not exist, or settings contradict each other.
     """
-    paths = {NEMO_NAMES.get(key, key.replace("__", ".")): key for key in changes}
-    return recipe(name, mode=mode, changes={path: changes[key] for path, key in paths.items()})
+    renamed: dict[str, Any] = {}
+    for name_given, value in changes.items():
+        path = NEMO_NAMES.get(name_given, name_given.replace("__", "."))
+        if path in renamed:
+            raise RecipeError(
+                f"{path} is changed twice",
+                given=", ".join(f"{key}={changes[key]!r}" for key in changes),
+                allowed="each field once, under one of its names",
+                hint=f"only {path}",
+            )
+        renamed[path] = value
+    return recipe(name, mode=mode, changes=renamed)
 
 
 def _pretrain(name: str) -> Callable[..., run.Partial]:
@@ -78,7 +88,7 @@ def _pretrain(name: str) -> Callable[..., run.Partial]:
     ) -> run.Partial:
         return to_nemo(changed(name, mode, changes), log_dir=log_dir)
 
-    return _named(factory, name, f"{describe(name)}.", ARGUMENTS + RUN_ARGUMENTS)
+    return _named(factory, name, f"{describe(name)}.", WHAT + WHERE)
 
 
 def _finetune(name: str) -> Callable[..., run.Partial]:
@@ -97,20 +107,20 @@ def _finetune(name: str) -> Callable[..., run.Partial]:
         )
 
     what = f"{describe(name)}; from the weights and the tokenizer of a checkpoint."
-    return _named(factory, name, what, FINETUNE_ARGUMENTS + ARGUMENTS + RUN_ARGUMENTS)
+    return _named(factory, f"{name}_finetune", what, START + WHAT + WHERE)
 
 
 def _part(name: str, part: str) -> Callable[..., run.Config]:
     def factory(mode: str = "nemo_native", **changes: Any) -> run.Config:
         return getattr(to_nemo(changed(name, mode, changes)), part)
 
-    return _named(factory, f"{name}_{part}", f"The {part} of {name}.", ARGUMENTS)
+    return _named(factory, f"{name}_{part}", f"The {part} of {name}.", WHAT)
 
 
 def _named(factory: Callable[..., Any], name: str, what: str, arguments: str) -> Callable[..., Any]:
     factory.__name__ = factory.__qualname__ = name
     # NeMo-Run shows this beside the name, in a column that cuts long lines off.
-    factory.__doc__ = textwrap.fill(what, width=42) + "\n" + arguments
+    factory.__doc__ = textwrap.fill(what, width=42) + "\n\nArgs:" + arguments
     return factory
 
 

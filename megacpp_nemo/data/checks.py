@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megacpp_nemo.contract.errors import DataError
+from megacpp_nemo.data.tokenizer import no_end_token, tokenizer_folder
 
 if TYPE_CHECKING:
     from nemo.collections.common.tokenizers import AutoTokenizer
@@ -63,15 +64,8 @@ def load_tokenizer(folder: str | Path | None) -> AutoTokenizer:
             allowed="the folder of the tokenizer that made the data",
             hint="data.tokenizer_dir=/data/tokenizer",
         )
-    folder = Path(folder).expanduser()
     files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    if not any((folder / name).is_file() for name in files):
-        raise DataError(
-            "the tokenizer folder holds no tokenizer",
-            given=str(folder),
-            allowed=f"a folder with {' or '.join(files)}",
-            hint="set data.tokenizer_dir to a folder written by save_pretrained",
-        )
+    folder = tokenizer_folder(folder, files)
     from nemo.collections.common.tokenizers import AutoTokenizer
 
     try:
@@ -79,10 +73,5 @@ def load_tokenizer(folder: str | Path | None) -> AutoTokenizer:
     except Exception as error:
         raise DataError("the tokenizer cannot be loaded", given=f"{folder}: {error}") from error
     if tokenizer.eos_token is None:
-        raise DataError(
-            "the tokenizer has no end-of-document token",
-            given=str(folder),
-            allowed="a tokenizer whose eos_token ends every document of the data",
-            hint="add eos_token to its tokenizer_config.json",
-        )
+        raise no_end_token(folder)
     return tokenizer

@@ -32,7 +32,7 @@ from megacpp_nemo.data.sources import (
     scan_sources,
 )
 from megacpp_nemo.data.split import check_validation_fraction
-from megacpp_nemo.data.tokenizer import check_vocab_size
+from megacpp_nemo.data.tokenizer import check_vocab_size, load_trained, tokenizer_hashes
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +53,8 @@ class CorpusSpec:
         exclude: Globs of paths to leave out, as in `SourceSet`; for the default root they add to
             the generated files that are left out anyway.
         vocab_size: Tokens of the tokenizer trained on the training files.
+        tokenizer_dir: Folder of a tokenizer to encode with; none is then trained, and
+            `vocab_size` is not used.
         validation_fraction: Expected share of files held back for validation.
         seed: Chooses the files held back.
     """
@@ -61,6 +63,7 @@ class CorpusSpec:
     suffixes: tuple[str, ...] = CPP_SUFFIXES
     exclude: tuple[str, ...] = ()
     vocab_size: int = 4096
+    tokenizer_dir: str | os.PathLike[str] | None = None
     validation_fraction: float = 0.05
     seed: int = 1234
 
@@ -122,9 +125,9 @@ def build_corpus(
 ) -> Corpus:
     """Return the corpus of `spec`, built on the first call and loaded from the cache after.
 
-    The cache key covers the settings and the content of every source file, so an edited file
-    makes a new corpus. A cached corpus is verified on every call, and rebuilt with a warning if
-    a file in it is damaged.
+    The cache key covers the settings and the content of every source file and of a given
+    tokenizer, so an edited file makes a new corpus. A cached corpus is verified on every call,
+    and rebuilt with a warning if a file in it is damaged.
 
     Args:
         spec: What to build.
@@ -133,10 +136,13 @@ def build_corpus(
             process other than rank 0.
 
     Raises:
-        DataError: The sources are missing, unusable or too few, a setting is out of range, or
-            the cache cannot be written.
+        DataError: The sources or the tokenizer are missing or unusable, the sources are too few,
+            a setting is out of range, or the cache cannot be written.
     """
-    check_vocab_size(spec.vocab_size)
+    if spec.tokenizer_dir is None:
+        check_vocab_size(spec.vocab_size)
+    else:
+        load_trained(spec.tokenizer_dir)
     check_validation_fraction(spec.validation_fraction)
     scan = scan_sources(spec.source_set())
     key = _cache_key(spec, scan)
@@ -190,6 +196,7 @@ def _build(spec: CorpusSpec, scan: SourceScan, folder: Path, progress: bool) -> 
             scan,
             staging,
             vocab_size=spec.vocab_size,
+            tokenizer_dir=_tokenizer_path(spec),
             validation_fraction=spec.validation_fraction,
             seed=spec.seed,
             progress=progress,
@@ -203,13 +210,21 @@ def _is_first_rank() -> bool:
 
 
 def _settings(spec: CorpusSpec) -> dict[str, Any]:
+    folder = _tokenizer_path(spec)
+    tokenizer: dict[str, Any] = {"vocab_size": spec.vocab_size}
+    if folder is not None:
+        tokenizer = {"tokenizer": tokenizer_hashes(folder)}
     return {
         "suffixes": list(spec.suffixes),
         "exclude": list(spec.exclude),
-        "vocab_size": spec.vocab_size,
+        **tokenizer,
         "validation_fraction": spec.validation_fraction,
         "seed": spec.seed,
     }
+
+
+def _tokenizer_path(spec: CorpusSpec) -> Path | None:
+    return None if spec.tokenizer_dir is None else Path(spec.tokenizer_dir).expanduser()
 
 
 def _cache_key(spec: CorpusSpec, scan: SourceScan) -> str:

@@ -1,5 +1,7 @@
 """Write the files of a corpus: tokenizer first, then both splits as Megatron indexed files.
 
+The tokenizer is trained on the training files, or one that is already there is taken over.
+
 Neither the texts nor the tokens of a corpus are ever all in memory: files are read again, a
 batch at a time, for training the tokenizer and for encoding.
 """
@@ -17,7 +19,14 @@ import numpy as np
 from megacpp_nemo.data.cache import file_sha256
 from megacpp_nemo.data.sources import SourceFile, SourceScan, read_source
 from megacpp_nemo.data.split import split_files
-from megacpp_nemo.data.tokenizer import encode_documents, save_tokenizer, train_tokenizer
+from megacpp_nemo.data.tokenizer import (
+    EOD_ID,
+    copy_tokenizer,
+    encode_documents,
+    load_trained,
+    save_tokenizer,
+    train_tokenizer,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -32,6 +41,7 @@ def write_corpus(
     folder: Path,
     *,
     vocab_size: int,
+    tokenizer_dir: Path | None,
     validation_fraction: float,
     seed: int,
     progress: bool,
@@ -41,25 +51,30 @@ def write_corpus(
     The same scan and settings give the same bytes. Cleaning up after an error is the caller's.
 
     Raises:
-        DataError: Fewer than two files, or a file changed since the scan.
+        DataError: Fewer than two files, a file changed since the scan, or the tokenizer of
+            `tokenizer_dir` is not usable.
     """
     from tqdm import tqdm
 
     training, validation = split_files(scan.files, validation_fraction, seed)
-    training_bytes = sum(file.size_bytes for file in training)
+    trained_bytes = sum(file.size_bytes for file in training) if tokenizer_dir is None else 0
     with tqdm(
-        total=training_bytes + scan.total_bytes,
-        desc="building the corpus: training the tokenizer",
+        total=trained_bytes + scan.total_bytes,
+        desc="building the corpus: the tokenizer",
         unit="B",
         unit_scale=True,
         disable=not progress,
     ) as bar:
-        tokenizer = train_tokenizer(_texts(scan, training, bar), vocab_size)
-        save_tokenizer(tokenizer, folder / "tokenizer")
+        if tokenizer_dir is None:
+            tokenizer, end_id = train_tokenizer(_texts(scan, training, bar), vocab_size), EOD_ID
+            save_tokenizer(tokenizer, folder / "tokenizer")
+        else:
+            tokenizer, end_id = load_trained(tokenizer_dir)
+            copy_tokenizer(tokenizer_dir, folder / "tokenizer")
         splits = {}
         for name, files in (("train", training), ("validation", validation)):
             bar.set_description(f"building the corpus: encoding {name}")
-            splits[name] = _write_split(scan, files, tokenizer, folder / name, bar)
+            splits[name] = _write_split(scan, files, tokenizer, end_id, folder / name, bar)
     return {
         "splits": splits,
         "tokenizer": {
@@ -80,7 +95,12 @@ def estimated_bytes(scan: SourceScan) -> int:
 
 
 def _write_split(
-    scan: SourceScan, files: Sequence[SourceFile], tokenizer: Tokenizer, prefix: Path, bar: tqdm
+    scan: SourceScan,
+    files: Sequence[SourceFile],
+    tokenizer: Tokenizer,
+    end_id: int,
+    prefix: Path,
+    bar: tqdm,
 ) -> dict[str, int]:
     """Write one split and return its counts."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
@@ -91,7 +111,7 @@ def _write_split(
     tokens = 0
     try:
         for batch in _batches(files):
-            for ids in encode_documents(tokenizer, list(_texts(scan, batch, bar))):
+            for ids in encode_documents(tokenizer, list(_texts(scan, batch, bar)), end_id):
                 builder.add_document(np.asarray(ids, dtype=dtype), [len(ids)])
                 tokens += len(ids)
         builder.finalize(f"{prefix}.idx")

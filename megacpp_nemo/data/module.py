@@ -35,6 +35,8 @@ class CppDataModule(DocumentDataModule):
         global_batch_size: Rows of one optimizer step over all devices.
         vocab_size: Tokens of the tokenizer trained for this corpus. A very small corpus can give
             fewer; `tokenizer.vocab_size` is the number to build a model with.
+        tokenizer_dir: Folder of a tokenizer to encode with, such as a checkpoint's; none is then
+            trained, and `vocab_size` is not used.
         validation_fraction: Expected share of files held back.
         num_workers: Data loader processes; 0 loads in the training process.
         seed: Chooses the files held back and the order of samples.
@@ -55,6 +57,7 @@ class CppDataModule(DocumentDataModule):
         micro_batch_size: int = 8,
         global_batch_size: int = 8,
         vocab_size: int = 4096,
+        tokenizer_dir: Optional[str] = None,
         validation_fraction: float = 0.05,
         num_workers: int = 0,
         seed: int = 1234,
@@ -65,6 +68,7 @@ class CppDataModule(DocumentDataModule):
             root=root,
             exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude or ()),
             vocab_size=vocab_size,
+            tokenizer_dir=tokenizer_dir,
             validation_fraction=validation_fraction,
             seed=seed,
         )

@@ -10,16 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from nemo.lightning import AutoResume
+from nemo.lightning.pytorch.callbacks import ModelCheckpoint
+from nemo.utils.app_state import AppState
 
-from megacpp_nemo.host import compat
-
-compat.install()  # before NeMo, whose checkpoint module needs one of the adapters
-
-from nemo.lightning import AutoResume  # noqa: E402
-from nemo.lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
-from nemo.utils.app_state import AppState  # noqa: E402
-
-from megacpp_nemo.contract.errors import RuntimeRefusal  # noqa: E402
+from megacpp_nemo.contract.errors import RuntimeRefusal
 
 _NAME = re.compile(r"step=\d+")
 

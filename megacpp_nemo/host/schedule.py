@@ -2,11 +2,7 @@
 
 from typing import Any
 
-from megacpp_nemo.host import compat
-
-compat.install()  # before NeMo, whose checkpoint module needs one of the adapters
-
-from nemo.lightning.pytorch.optim import LRSchedulerModule  # noqa: E402
+from nemo.lightning.pytorch.optim import LRSchedulerModule
 
 
 class CosineSchedule(LRSchedulerModule):

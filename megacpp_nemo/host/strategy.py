@@ -10,16 +10,12 @@ import logging
 from typing import Any
 
 import torch
+from nemo.lightning.pytorch.strategies import MegatronStrategy
 
 from megacpp_nemo.host import compat
-
-compat.install()  # before NeMo, whose checkpoint module needs one of the adapters
-
-from nemo.lightning.pytorch.strategies import MegatronStrategy  # noqa: E402
-
-from megacpp_nemo.host.console import announce, quiet_terminal  # noqa: E402
-from megacpp_nemo.host.cpu import RUNTIME  # noqa: E402
-from megacpp_nemo.host.preflight import (  # noqa: E402
+from megacpp_nemo.host.console import announce, quiet_terminal
+from megacpp_nemo.host.cpu import RUNTIME
+from megacpp_nemo.host.preflight import (
     check_optimizer_steps,
     refuse_layout,
     refuse_other_optimizers,
@@ -52,6 +48,7 @@ class HybridStrategy(MegatronStrategy):
 
     def connect(self, model: Any) -> None:
         """Attach the model, after making its configuration fit the machine."""
+        compat.install()
         quiet_terminal()
         announce()
         if not torch.cuda.is_available():

@@ -215,21 +215,18 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(field="parallelism.num_nodes", nemo=("trainer.num_nodes",)),
     Row(field="parallelism.devices_per_node", nemo=("trainer.devices",)),
-    *_rows(
-        "parallelism",
-        "trainer.strategy",
-        {
-            name: name
-            for name in (
-                "tensor_model_parallel_size",
-                "pipeline_model_parallel_size",
-                "virtual_pipeline_model_parallel_size",
-                "context_parallel_size",
-                "expert_model_parallel_size",
-                "expert_tensor_parallel_size",
-                "sequence_parallel",
-            )
-        },
+    # The strategy's value is the one that runs; the model's is checked as it is built.
+    *(
+        Row(field=f"parallelism.{name}", nemo=(f"trainer.strategy.{name}", f"{CONFIG}.{name}"))
+        for name in (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "virtual_pipeline_model_parallel_size",
+            "context_parallel_size",
+            "expert_model_parallel_size",
+            "expert_tensor_parallel_size",
+            "sequence_parallel",
+        )
     ),
     Row(
         field="parallelism.use_distributed_optimizer",

@@ -21,7 +21,6 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor, nn
 
-from megacpp_nemo.contract.errors import RuntimeRefusal
 from megacpp_nemo.model.documents import attention_within_documents
 
 _TAKES_OFFSET = "pp_layer_offset" in inspect.signature(MLASelfAttention.__init__).parameters
@@ -33,9 +32,6 @@ class LatentAttention(MLASelfAttention):
     Absorbs what drifts between releases: a `pp_layer_offset` that comes or goes, and a rotary
     embedding made by the model, which MLA refuses because it makes its own. Document
     boundaries of packed rows become an attention mask where the configuration asks for it.
-
-    Raises:
-        RuntimeRefusal: Under tensor parallelism without sequence parallelism.
     """
 
     def __init__(
@@ -44,19 +40,8 @@ class LatentAttention(MLASelfAttention):
         if _TAKES_OFFSET and pp_layer_offset is not None:
             kwargs["pp_layer_offset"] = pp_layer_offset
         super().__init__(config, *args, **kwargs)
-        if self.tp_group.size() == 1:
-            return
-        if not config.sequence_parallel:
-            # Upstream sums the query norm's gradient once too often, and that of the rotary
-            # keys once too seldom.
-            raise RuntimeRefusal(
-                "Latent attention has wrong gradients in Megatron under tensor parallelism "
-                "without sequence parallelism",
-                given=f"sequence_parallel=False, tensor_model_parallel_size={self.tp_group.size()}",
-                allowed="sequence_parallel=True, or tensor_model_parallel_size=1",
-                hint="sequence_parallel=True",
-            )
-        if isinstance(self.linear_kv_down_proj, ColumnParallelLinear):
+        # Transformer Engine's projection is whole on every rank and needs none of this.
+        if self.tp_group.size() > 1 and isinstance(self.linear_kv_down_proj, ColumnParallelLinear):
             self.linear_kv_down_proj.register_forward_hook(self._gather_latents)
 
     def forward(

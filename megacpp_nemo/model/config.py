@@ -33,6 +33,7 @@ from nemo.lightning import OptimizerModule, get_vocab_size  # noqa: E402
 
 from megacpp_nemo.host.preflight import refuse_unbuilt, require_packages  # noqa: E402
 from megacpp_nemo.model.documents import DocumentBoundaries  # noqa: E402
+from megacpp_nemo.model.limits import refuse_settings  # noqa: E402
 from megacpp_nemo.model.shape import parallelism_of, shape_of  # noqa: E402
 from megacpp_nemo.model.specs import MAMBA_PATHS, hybrid_stack_spec  # noqa: E402
 
@@ -94,6 +95,7 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
     Raises:
         PatternError: If the pattern cannot be read or does not fit `num_layers`.
         RecipeError: If the sizes contradict each other or the parallel sizes.
+        RuntimeRefusal: If the layers as built here cannot run, or train, with the settings.
     """
 
     hybrid_override_pattern: str = FULL_NAM56R_PATTERN
@@ -115,7 +117,7 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
     apply_rope_fusion: bool = False
     num_moe_experts: Optional[int] = 16
     moe_router_topk: int = 4
-    moe_ffn_hidden_size: int = 896
+    moe_ffn_hidden_size: Optional[int] = 896
     moe_shared_expert_intermediate_size: Optional[int] = 1024
     moe_aux_loss_coeff: float = 1e-4
     mamba_num_heads: int = 56
@@ -146,6 +148,9 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
         self.dsa_a_ranks = tuple(self.dsa_a_ranks)
         self.required_packages = tuple(self.required_packages)
         self._check()
+        if not self.num_moe_experts:
+            # Megatron accepts no expert width where there are no experts.
+            self.num_moe_experts = self.moe_ffn_hidden_size = None
         if self.multi_latent_attention:
             # Latent attention makes keys and values for every head; a smaller group count would
             # make Megatron's attention cores repeat them.
@@ -162,7 +167,10 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
         )
         model, features = shape_of(self)
         check_model(self.layers, model, features)
-        check_layout(self.layers, model, features, parallelism_of(self))
+        # NeMo sets the parallel sizes after construction and checks again; until then a pattern
+        # with stage boundaries has no stages to fit.
+        if self.pipeline_model_parallel_size > 1 or not self.layers.is_segmented:
+            check_layout(self.layers, model, features, parallelism_of(self))
         if BlockFamily.EXPERTS in self.layers.layers and not self.num_moe_experts:
             raise RecipeError(
                 "The pattern has expert layers, but the model has no experts",
@@ -171,6 +179,7 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
                 allowed="a number of experts, or a pattern without E",
                 hint="num_moe_experts=16",
             )
+        refuse_settings(self)
 
     @property
     def layers(self) -> LayerPattern:

@@ -27,7 +27,6 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor, nn
 
-from megacpp_nemo.contract.errors import RuntimeRefusal
 from megacpp_nemo.model.conv import causal_conv1d
 from megacpp_nemo.model.documents import document_ids_of
 from megacpp_nemo.model.initial import (
@@ -64,9 +63,6 @@ class RecurrentMixer(MegatronModule):
         layer_number: 1-based layer number.
         pg_collection: Megatron's process groups.
         pp_layer_offset: Layers on earlier pipeline stages; unused here.
-
-    Raises:
-        RuntimeRefusal: If the heads do not divide over the tensor-parallel ranks.
     """
 
     def __init__(
@@ -79,7 +75,6 @@ class RecurrentMixer(MegatronModule):
         pp_layer_offset: int = 0,
     ) -> None:
         super().__init__(config)
-        _refuse_uneven_split(config, pg_collection.tp.size())
         self.layer_number, self.tp_group = layer_number, pg_collection.tp
         self._set_sizes(self.tp_group.size())
         self.in_proj = build_module(
@@ -231,18 +226,4 @@ class RecurrentMixer(MegatronModule):
         """Save a fused tensor as its first `parts` logical parts, so that it reshards."""
         state[key] = _split_tensor_factory(
             state[key], self.part_sizes[:parts], self.part_names[:parts], 0
-        )
-
-
-def _refuse_uneven_split(config: Any, ranks: int) -> None:
-    heads, shared = config.m2rnn_num_heads, config.m2rnn_num_qk_heads
-    fits = shared % ranks == 0 or (shared == 1 and config.m2rnn_key_dim % ranks == 0)
-    if heads % ranks or not fits:
-        raise RuntimeRefusal(
-            "The M2RNN heads do not divide over the tensor-parallel ranks",
-            given=f"m2rnn_num_heads={heads}, m2rnn_num_qk_heads={shared}, "
-            f"m2rnn_key_dim={config.m2rnn_key_dim}, tensor_model_parallel_size={ranks}",
-            allowed="heads in multiples of the ranks; query/key heads too, or one whose key_dim "
-            "is such a multiple",
-            hint="m2rnn_num_qk_heads=1, or another tensor_model_parallel_size",
         )

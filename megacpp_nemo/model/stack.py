@@ -33,14 +33,6 @@ _UPSTREAM_SYMBOLS = {
     BlockFamily.MAMBA: Symbols.MAMBA,
 }
 
-_STAGE_SETTINGS = (
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "pipeline_model_parallel_layout",
-    "account_for_embedding_in_pipeline_split",
-    "account_for_loss_in_pipeline_split",
-)
-
 
 @dataclass
 class HybridStackSubmodules(MambaStackSubmodules):
@@ -132,7 +124,6 @@ class HybridStack(MambaStack):
 
     def _stage(self, layers: LayerPattern) -> tuple[int, tuple[BlockFamily, ...]]:
         """Return the number of layers before this pipeline stage, and its families."""
-        _refuse_other_splits(self.config)
         stages = layers.split(self.pp_group.size())
         if len(stages) != self.pp_group.size():
             raise RuntimeRefusal(
@@ -171,18 +162,6 @@ class HybridStack(MambaStack):
             context = get_fp8_context(own, number - 1, is_init=True)
         with context:
             return build_module(_spec_of(submodules, family), **arguments)
-
-
-def _refuse_other_splits(config: Any) -> None:
-    """Refuse Megatron's ways to say where stages begin: here the pattern says it."""
-    given = [name for name in _STAGE_SETTINGS if getattr(config, name, None)]
-    if given:
-        raise RuntimeRefusal(
-            "The layer pattern decides where pipeline stages begin",
-            given=", ".join(f"{name}={getattr(config, name)}" for name in given),
-            allowed="'|' in the pattern at each stage boundary",
-            hint=f"{given[0]}=None",
-        )
 
 
 def _spec_of(submodules: HybridStackSubmodules, family: BlockFamily) -> ModuleSpec | type:

@@ -117,7 +117,7 @@ HANG = """
     from megacpp_nemo.data import corpus_build
     from megacpp_nemo.data.corpus import CorpusSpec, build_corpus
 
-    def hang(scan, files, tokenizer, prefix, bar):
+    def hang(scan, files, tokenizer, end_id, prefix, bar):
         open(f"{prefix}.bin", "wb").write(b"half")
         print("half-way", flush=True)
         time.sleep(60)

@@ -1,0 +1,140 @@
+"""Fine-tuning: a recipe that starts from the weights and the tokenizer of a checkpoint.
+
+A run's checkpoint is a folder `step=N`: `weights/`, and `context/` with the model's
+configuration (`model.yaml`) and a copy of its tokenizer (`tokenizer/`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nemo_run as run
+import yaml
+from nemo import lightning as nl
+from nemo.collections import llm
+
+from megacpp_nemo.contract import HybridRecipe, LayerPattern, RecipeError
+from megacpp_nemo.host.checkpoint import is_complete, newest_checkpoint
+from megacpp_nemo.lowering.table import CONFIG, ROWS, Row
+from megacpp_nemo.recipes.build import to_nemo
+
+# Fields of the model's configuration that its weights do not depend on: a fine-tuned model may
+# have others than its checkpoint.
+FREE = (
+    "pattern",  # compared as it is laid out to the depth, wherever stages begin
+    "depth",
+    "model.seq_length",
+    "model.rotary_base",
+    "model.norm_epsilon",
+    "model.init_std",
+    "model.experts.topk",
+    "model.experts.aux_loss_coeff",
+    "model.sparse_attention.indexer_topk",
+    "model.sparse_attention.indexer_loss_coeff",
+    "model.mamba.chunk_size",
+    "model.recurrent.state_gradient_clip",
+    "model.mtp.loss_scaling_factor",
+    "precision",
+    "features.reset_state",
+    "features.reset_attention_mask",
+)
+
+
+def to_finetune(
+    recipe: HybridRecipe,
+    *,
+    checkpoint: str | Path | None,
+    tokenizer_dir: str | Path | None = None,
+    log_dir: str | Path | None = None,
+) -> run.Partial:
+    """Return a `run.Partial` of `llm.finetune` that starts from a checkpoint.
+
+    The optimizer and the schedule start anew; a fine-tuning run that is stopped resumes from
+    its own checkpoints. The checkpoint is read here, before anything is built, so this is
+    called where it can be seen.
+
+    Args:
+        recipe: What to train; its model must be the checkpoint's.
+        checkpoint: Folder `step=N` of a run.
+        tokenizer_dir: Folder of the tokenizer; the copy in the checkpoint if not given.
+        log_dir: Folder of this run; `runs/NAME_finetune` if not given.
+
+    Raises:
+        RecipeError: If there is no complete checkpoint, it is of another model, or it has no
+            tokenizer and none is given.
+    """
+    folder = _complete(checkpoint)
+    _check_same_model(recipe, folder)
+    base = to_nemo(recipe, log_dir=str(log_dir or f"runs/{recipe.name}_finetune"))
+    base.data.tokenizer_dir = str(tokenizer_dir or _own_tokenizer(folder))
+    parts = {part: getattr(base, part) for part in ("model", "trainer", "data", "optim", "log")}
+    # The data encodes with the tokenizer; the model takes it from there.
+    base.resume.restore_config = run.Config(
+        nl.RestoreConfig, path=str(folder), load_artifacts=False
+    )
+    return run.Partial(llm.finetune, **parts, resume=base.resume, tokenizer="data")
+
+
+def _complete(checkpoint: str | Path | None) -> Path:
+    """Return the folder of a checkpoint that was written to its end."""
+    path = Path(checkpoint).expanduser() if checkpoint else None
+    if path is not None and path.name == "weights":
+        path = path.parent
+    if path is not None and is_complete(path) and (path / "context" / "model.yaml").is_file():
+        return path
+    newest = path and (newest_checkpoint(path) or newest_checkpoint(path / "checkpoints"))
+    raise RecipeError(
+        "Fine-tuning starts from a complete checkpoint",
+        given="no checkpoint" if path is None else f"checkpoint={str(path)!r}",
+        allowed="a folder 'step=N' written by a run, with 'weights' and 'context' in it",
+        hint=f"checkpoint={str(newest or 'runs/nam56r_tiny/checkpoints/step=240')!r}",
+    )
+
+
+def _own_tokenizer(checkpoint: Path) -> Path:
+    folder = checkpoint / "context" / "tokenizer"
+    if not folder.is_dir():
+        raise RecipeError(
+            "The checkpoint has no copy of its tokenizer",
+            given=f"no folder {str(folder)!r}",
+            allowed="tokenizer_dir, the folder of the tokenizer that the model was trained with",
+            hint="tokenizer_dir='/data/tokenizer'",
+        )
+    return folder
+
+
+def _check_same_model(recipe: HybridRecipe, checkpoint: Path) -> None:
+    """Refuse a checkpoint whose weights do not fit the recipe's model."""
+    text = (checkpoint / "context" / "model.yaml").read_text(encoding="utf-8")
+    saved = yaml.safe_load(text)["config"]
+    pattern = LayerPattern.parse(saved["hybrid_override_pattern"]).tile(saved["num_layers"])
+    other = [
+        (row.field, mine, saved[name])
+        for row, name, mine in _model_settings(recipe)
+        if name in saved and _plain(mine) != _plain(saved[name])
+    ]
+    if pattern.layers != recipe.layers.layers:
+        other.append(("layers", str(recipe.layers), str(pattern)))
+    if other:
+        raise RecipeError(
+            "The checkpoint is of another model",
+            given=", ".join(f"{field}={mine!r}" for field, mine, _ in other),
+            allowed=", ".join(f"{field}={theirs!r}" for field, _, theirs in other),
+            hint="the recipe and the changes that the checkpoint was trained with",
+        )
+
+
+def _model_settings(recipe: HybridRecipe) -> list[tuple[Row, str, Any]]:
+    """Return row, Megatron's name and value of the settings that the weights depend on."""
+    return [
+        (row, path.removeprefix(f"{CONFIG}."), row.spell(row.value(recipe), recipe))
+        for row in ROWS
+        if row.field not in FREE and not row.field.startswith("parallelism.") and row.when(recipe)
+        for path in row.nemo
+        if path.startswith(f"{CONFIG}.")
+    ]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,152 @@
+"""The correspondence table: complete, true of what is built, and the only thing that decides."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from megacpp_nemo.contract import (
+    RECIPE_NAMES,
+    HybridRecipe,
+    MegaCppError,
+    ParallelismMode,
+    field_paths,
+    recipe,
+    with_paths,
+)
+from megacpp_nemo.lowering.table import ROWS, carried
+
+ABSENT = object()
+WORDS: dict[str, tuple[Any, ...]] = {
+    "pattern": ("AEMR", "AEMM"),
+    "precision": ("fp32", "bf16"),
+    "model.experts.activation": ("swiglu", "gelu"),
+    "model.sparse_attention.a_ranks": ((0, 1),),
+    "model.embedding.ngram.orders": ((2, 4),),
+    "features.mamba": ("author", "native"),
+    "features.structure": ("core",),
+    "parallelism.virtual_pipeline_model_parallel_size": (2,),
+    "parallelism.expert_tensor_parallel_size": (1,),
+}
+# A field that cannot change alone: what has to stand beside it.
+ROOM = {"num_nodes": 4, "devices_per_node": 8, "global_batch_size": 2048, "sparse_attention": False}
+ALONG: dict[str, dict[str, Any]] = {
+    "parallelism.tensor_model_parallel_size": {**ROOM, "pattern": "AMM"},
+    "parallelism.sequence_parallel": {
+        **ROOM,
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": False,
+        "pattern": "AMM",
+    },
+    "parallelism.virtual_pipeline_model_parallel_size": {
+        **ROOM,
+        "pipeline_model_parallel_size": 2,
+        "depth": 48,
+    },
+    "parallelism.overlap_param_gather": {
+        "use_distributed_optimizer": True,
+        "overlap_grad_reduce": True,
+    },
+    "parallelism.use_distributed_optimizer": {"overlap_param_gather": False},
+    "parallelism.overlap_grad_reduce": {"overlap_param_gather": False},
+    "features.latent_attention": {"sparse_attention": False},
+}
+
+
+def flat(config: Any, path: str = "") -> dict[str, Any]:
+    """Return every value set in a configuration, by dotted path."""
+    if isinstance(config, list):
+        items: Any = enumerate(config)
+    elif hasattr(config, "__arguments__"):
+        items = config.__arguments__.items()
+    else:
+        return {path: config}
+    return {
+        k: v for name, item in items for k, v in flat(item, f"{path}.{name}".strip(".")).items()
+    }
+
+
+def differing(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
+    return {
+        path
+        for path in one.keys() | other.keys()
+        if one.get(path, ABSENT) != other.get(path, ABSENT)
+    }
+
+
+def candidates(field: str, value: Any) -> Iterator[Any]:
+    if field == "name":
+        yield f"my_{value}"  # the ending says where the data comes from
+    elif field in WORDS:
+        yield from WORDS[field]
+    elif isinstance(value, bool):
+        yield not value
+    elif isinstance(value, int):
+        yield from (value * 2, value + 1, value - 1, value // 2)
+    elif isinstance(value, float):
+        yield from (value / 2, value * 2, 0.5)
+
+
+def changes(start: HybridRecipe, field: str) -> tuple[HybridRecipe, HybridRecipe]:
+    """Return two valid recipes that differ in this one field."""
+    beside = ROOM if field.startswith("parallelism.") else {}
+    base = with_paths(start, ALONG.get(field, beside))
+    for value in candidates(field, field_paths(base)[field]):
+        try:
+            other = with_paths(base, {field: value})
+        except MegaCppError:
+            continue
+        if field_paths(other)[field] != field_paths(base)[field]:
+            return base, other
+    raise AssertionError(f"no other valid value was found for {field}")
+
+
+def test_every_field_of_a_recipe_has_a_row_and_no_row_is_of_another():
+    assert {row.field for row in ROWS} == set(field_paths())
+
+
+def test_a_row_has_a_place_or_says_why_not():
+    assert all(row.nemo or row.note for row in ROWS)
+
+
+@pytest.mark.parametrize("mode", [mode.value for mode in ParallelismMode])
+@pytest.mark.parametrize("name", RECIPE_NAMES)
+def test_every_path_is_a_parameter_and_carries_the_recipes_value(name, mode):
+    from megacpp_nemo.recipes import to_nemo
+    from megacpp_nemo.recipes.explain import value_at
+
+    intent = recipe(name, mode=mode)
+    built = to_nemo(intent)
+    for row in ROWS:
+        for path in row.nemo if row.when(intent) else ():
+            assert value_at(built, path) == row.spell(row.value(intent), intent), path
+        for path in (*row.nemo, *row.built):
+            if not row.when(intent):
+                continue
+            parent, _, last = path.rpartition(".")
+            owner = value_at(built, parent).__fn_or_cls__
+            assert last in inspect.signature(owner).parameters, path
+
+
+@pytest.mark.parametrize("name", RECIPE_NAMES)
+def test_a_changed_field_changes_exactly_its_own_paths(name):
+    for field in field_paths():
+        base, other = changes(recipe(name), field)
+        check_exactly_its_own_paths(field, base, other)
+
+
+def check_exactly_its_own_paths(field: str, base: HybridRecipe, other: HybridRecipe) -> None:
+    from megacpp_nemo.recipes import to_nemo
+
+    found = differing(flat(to_nemo(base)), flat(to_nemo(other)))
+    rows = [row for row in ROWS if row.field == field]
+    objects = tuple(path for row in rows for path in row.built)
+    said = differing(carried(base), carried(other))
+    assert {path for path in found if not path.startswith(objects)} == said, field
+    assert any(path.startswith(objects) for path in found) == bool(objects), field
+    own = {path for row in rows if row.when(base) or row.when(other) for path in row.nemo}
+    switched = {path for row in ROWS if row.when(base) != row.when(other) for path in row.nemo}
+    assert own <= said <= own | switched, field
