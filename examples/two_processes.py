@@ -40,6 +40,7 @@ def main() -> None:
         devices_per_node=2,
         tensor_model_parallel_size=2,
         sequence_parallel=True,
+        eval_batches=2,
         train_steps=given.steps,
         log_dir=given.log_dir,
     )

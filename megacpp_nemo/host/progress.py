@@ -62,7 +62,7 @@ class RunProgress(TQDMProgressBar):
         tokens = (trainer.global_step - self._begun_at) * data.global_batch_size * data.seq_length
         return tokens / max(time.monotonic() - self._began, 1e-9)
 
-    def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, int | str | float]:
+    def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
         """Return what the last step showed; Lightning asks again after each validation."""
         return dict(self._shown)
 

@@ -17,25 +17,21 @@ from megatron.core import parallel_state
 from megatron.core.models.mamba import MambaModel as MegatronMambaModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig
+from nemo.collections.llm.gpt.model.base import gpt_data_step
+from nemo.collections.llm.gpt.model.ssm import MambaModel, SSMConfig
+from nemo.collections.llm.utils import Config
+from nemo.lightning import OptimizerModule, get_vocab_size
 from torch import Tensor, nn
 
 from megacpp_nemo.contract.errors import RecipeError, lookup
 from megacpp_nemo.contract.pattern import FULL_NAM56R_PATTERN, BlockFamily, LayerPattern
 from megacpp_nemo.contract.rules import check_layout, check_model
 from megacpp_nemo.host import compat
-
-compat.install()  # before NeMo, whose checkpoint module needs one of the adapters
-
-from nemo.collections.llm.gpt.model.base import gpt_data_step  # noqa: E402
-from nemo.collections.llm.gpt.model.ssm import MambaModel, SSMConfig  # noqa: E402
-from nemo.collections.llm.utils import Config  # noqa: E402
-from nemo.lightning import OptimizerModule, get_vocab_size  # noqa: E402
-
-from megacpp_nemo.host.preflight import refuse_unbuilt, require_packages  # noqa: E402
-from megacpp_nemo.model.documents import DocumentBoundaries  # noqa: E402
-from megacpp_nemo.model.limits import refuse_settings  # noqa: E402
-from megacpp_nemo.model.shape import parallelism_of, shape_of  # noqa: E402
-from megacpp_nemo.model.specs import MAMBA_PATHS, hybrid_stack_spec  # noqa: E402
+from megacpp_nemo.host.preflight import refuse_unbuilt, require_packages
+from megacpp_nemo.model.documents import DocumentBoundaries
+from megacpp_nemo.model.limits import refuse_settings
+from megacpp_nemo.model.shape import parallelism_of, shape_of
+from megacpp_nemo.model.specs import MAMBA_PATHS, hybrid_stack_spec
 
 
 def hybrid_data_step(dataloader_iter: Any) -> dict[str, Any]:
@@ -243,6 +239,7 @@ class HybridModel(MambaModel):
         tokenizer: Any = None,
         model_transform: Optional[Callable[[nn.Module], nn.Module]] = None,
     ) -> None:
+        compat.install()
         config = config or HybridConfig()
         require_packages(config)
         super().__init__(config, optim=optim, tokenizer=tokenizer, model_transform=model_transform)

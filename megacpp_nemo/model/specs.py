@@ -28,7 +28,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megacpp_nemo.contract.errors import RuntimeRefusal
-from megacpp_nemo.host.compat import transformer_engine_available
+from megacpp_nemo.host import compat
 from megacpp_nemo.model.attention import GroupedAttention, LatentAttention, LatentDotProduct
 from megacpp_nemo.model.mamba import FusedMambaMixer, PortableMambaMixer
 from megacpp_nemo.model.norms import LocalRMSNorm
@@ -71,7 +71,7 @@ class Backend:
                 hint="mamba_path='auto', or the 'gpu' extra on a CUDA machine",
             )
         return cls(
-            transformer_engine=transformer_engine_available(),
+            transformer_engine=compat.transformer_engine_available(),
             fused_mamba=mamba_path != "portable" and not missing,
         )
 
@@ -93,6 +93,7 @@ def hybrid_stack_spec(config: Any, backend: Backend | None = None) -> ModuleSpec
         config: Hybrid model configuration.
         backend: What to build from; probed if not given.
     """
+    compat.install()
     backend = backend or Backend.probe(config.mamba_path)
     logger.info("Hybrid layers are built from %s", backend)
     provider = TESpecProvider() if backend.transformer_engine else LocalSpecProvider()

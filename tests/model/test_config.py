@@ -183,6 +183,15 @@ def test_nemo_may_set_the_layout_afterwards():
         config.__post_init__()
 
 
+def test_a_pattern_with_stages_waits_for_the_number_of_stages():
+    config = small_config("AE|MR")
+    config.pipeline_model_parallel_size = 2
+    config.__post_init__()
+    config.pipeline_model_parallel_size = 4
+    with pytest.raises(RecipeError, match="2 segments for 4 stages"):
+        config.__post_init__()
+
+
 def test_a_copy_is_equal_and_independent():
     config = small_config(dsa_a_ranks=[0])
     other = copy.deepcopy(config)
