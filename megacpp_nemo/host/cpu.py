@@ -131,6 +131,8 @@ class CpuRuntime:
         self._patch_torch()
         self._patch_megatron()
         self._patch_nemo()
+        # Megatron compiles a few small functions; on a CPU that costs more than it saves.
+        torch.compiler.set_stance("force_eager")
         self._mode = _CudaMeansCpu()
         self._mode.__enter__()
         return True
@@ -140,6 +142,7 @@ class CpuRuntime:
         if self._mode is not None:
             self._mode.__exit__(None, None, None)
             self._mode = None
+            torch.compiler.set_stance("default")
         self._patches.undo()
 
     def _patch_torch(self) -> None:

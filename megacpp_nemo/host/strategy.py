@@ -10,6 +10,7 @@ import logging
 from typing import Any
 
 import torch
+from nemo.lightning import megatron_init
 from nemo.lightning.pytorch.strategies import MegatronStrategy
 
 from megacpp_nemo.host import compat
@@ -65,11 +66,14 @@ class HybridStrategy(MegatronStrategy):
         super().setup_environment()
 
     def setup_distributed(self) -> None:
-        """Check the layout against the processes there are, then make the parallel groups."""
+        """Check the layout against the processes, make the parallel groups and seed them."""
         config = getattr(self.lightning_module, "config", None)
         if config is not None and self.cluster_environment is not None:
             refuse_layout(config, world_size=self.cluster_environment.world_size())
         super().setup_distributed()
+        # NeMo seeds with a constant of its own.
+        if (seed := getattr(config, "seed", None)) is not None:
+            megatron_init._set_random_seed(seed)
 
     def setup(self, trainer: Any) -> None:
         """Build the model and the optimizer, refusing a resume that would diverge."""

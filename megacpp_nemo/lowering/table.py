@@ -289,7 +289,7 @@ ROWS: tuple[Row, ...] = (
         spell=lambda steps, recipe: steps * recipe.batch.global_batch_size,
     ),
     Row(field="schedule.train_steps", nemo=("trainer.max_steps",)),
-    Row(field="schedule.seed", nemo=("data.seed",)),
+    Row(field="schedule.seed", nemo=("data.seed", f"{CONFIG}.seed")),
     Row(field="cadence.eval_interval", nemo=("trainer.val_check_interval",)),
     Row(
         field="cadence.eval_batches",

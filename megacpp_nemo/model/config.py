@@ -85,6 +85,7 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
         structure: Code-structure channels on the input side: None, `core` or `all`.
         reset_state: M and R layers start anew at each document of a packed row.
         reset_attention_mask: Attention stays within each document of a packed row.
+        seed: Seed of the initial weights; pipeline and tensor ranks draw apart from it.
         mamba_stack_spec: Function from this configuration to the spec of its stack.
         required_packages: Import names without which the model refuses to be built.
 
@@ -135,6 +136,7 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
     structure: Optional[str] = None
     reset_state: bool = True
     reset_attention_mask: bool = False
+    seed: int = 1234
     required_packages: tuple[str, ...] = ()
     mamba_stack_spec: Callable[..., ModuleSpec] = hybrid_stack_spec
     forward_step_fn: Callable = hybrid_forward_step

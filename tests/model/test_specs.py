@@ -15,7 +15,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megacpp_nemo.contract.errors import RecipeError, RuntimeRefusal
-from megacpp_nemo.model import specs
+from megacpp_nemo.host import compat
 from megacpp_nemo.model.attention import GroupedAttention, LatentAttention, LatentDotProduct
 from megacpp_nemo.model.mamba import FusedMambaMixer, PortableMambaMixer
 from megacpp_nemo.model.norms import LocalRMSNorm
@@ -40,7 +40,7 @@ def machine(monkeypatch):
 
         monkeypatch.setattr(importlib.util, "find_spec", find)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-        monkeypatch.setattr(specs, "transformer_engine_available", lambda: engine)
+        monkeypatch.setattr(compat, "transformer_engine_available", lambda: engine)
 
     return pretend
 

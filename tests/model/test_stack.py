@@ -22,7 +22,7 @@ from megacpp_nemo.model.attention import GroupedAttention, LatentAttention
 from megacpp_nemo.model.mamba import PortableMambaMixer
 from megacpp_nemo.model.norms import LocalRMSNorm
 from megacpp_nemo.model.recurrent import RecurrentMixer
-from megacpp_nemo.model.specs import hybrid_stack_spec
+from megacpp_nemo.model.specs import Backend, hybrid_stack_spec
 from tests.model.building import build_model, groups, random_tokens, run_model, small_config
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -160,7 +160,9 @@ def fp8_contexts(monkeypatch) -> list[tuple[int, bool]]:
         entered.append((layer_no, is_init))
         return nullcontext()
 
+    local = Backend(transformer_engine=False, fused_mamba=False)
     monkeypatch.setattr(compat, "transformer_engine_available", lambda: True)
+    monkeypatch.setattr(Backend, "probe", lambda path: local)
     monkeypatch.setattr(stack, "get_fp8_context", enter)
     monkeypatch.setattr(mamba_block, "get_fp8_context", enter)
     # An expert's padding for FP8 is Transformer Engine's.

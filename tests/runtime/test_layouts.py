@@ -107,3 +107,14 @@ def test_bf16_mixed_precision_learns(sources: Path, tmp_path: Path) -> None:
 
     losses = in_process(run)["loss"]
     assert losses[-1] < 0.85 * losses[0]
+
+
+def test_the_seed_decides_the_initial_weights(sources: Path, tmp_path: Path) -> None:
+    def first_loss(seed: int, run: str) -> float:
+        partial = configure(small_recipe(), sources, tmp_path / run, steps=1)
+        partial.model.config.seed = seed
+        return train(partial)["loss"][0]
+
+    losses = [in_process(first_loss, seed, f"{i}") for i, seed in enumerate((1, 1, 2))]
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
