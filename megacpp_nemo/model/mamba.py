@@ -16,11 +16,9 @@ import torch.nn.functional as F
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor, nn
 
 from megacpp_nemo.contract.errors import RuntimeRefusal
-from megacpp_nemo.model.conv import causal_conv1d
 from megacpp_nemo.model.documents import DocumentBoundaries, document_ids_of
 from megacpp_nemo.model.initial import (
     depthwise_conv,
@@ -29,6 +27,7 @@ from megacpp_nemo.model.initial import (
     split_over_tensor_ranks,
 )
 from megacpp_nemo.model.norms import GatedRMSNorm
+from megacpp_nemo.model.projections import convolve, in_projection, out_projection
 from megacpp_nemo.model.ssd import ssd_chunked
 
 
@@ -75,19 +74,7 @@ class PortableMambaMixer(MambaMixer):
         self.pg_collection, self.tp_group = pg_collection, pg_collection.tp
         self._set_sizes(d_model, self.tp_group.size())
         inner = 2 * self.d_inner + 2 * self.ngroups * self.d_state + self.nheads
-        self.in_proj = build_module(
-            submodules.in_proj,
-            d_model,
-            inner,
-            config=config,
-            init_method=config.init_method,
-            gather_output=False,
-            bias=False,
-            skip_bias_add=False,
-            is_expert=False,
-            tp_comm_buffer_name="fc1",
-            tp_group=self.tp_group,
-        )
+        self.in_proj = in_projection(submodules.in_proj, config, d_model, inner, self.tp_group)
         self._make_state_parameters()
         self.norm = GatedRMSNorm(
             config,
@@ -95,18 +82,8 @@ class PortableMambaMixer(MambaMixer):
             tp_group=self.tp_group,
             group_size=self.d_inner_local_tp // self.ngroups_local_tp,
         )
-        self.out_proj = build_module(
-            submodules.out_proj,
-            self.d_inner,
-            d_model,
-            config=config,
-            init_method=config.output_layer_init_method,
-            bias=False,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            is_expert=False,
-            tp_comm_buffer_name="fc2",
-            tp_group=self.tp_group,
+        self.out_proj = out_projection(
+            submodules.out_proj, config, self.d_inner, d_model, self.tp_group
         )
 
     def _set_sizes(self, d_model: int, ranks: int) -> None:
@@ -155,11 +132,7 @@ class PortableMambaMixer(MambaMixer):
             ],
             dim=-1,
         )
-        channels = F.silu(
-            causal_conv1d(
-                channels, self.conv1d.weight.squeeze(1), self.conv1d.bias, document_ids=documents
-            )
-        )
+        channels = convolve(self.conv1d, channels, documents)
         x, b, c = channels.split([self.d_inner_local_tp, self.bc_local, self.bc_local], dim=-1)
         y, _ = ssd_chunked(
             x.unflatten(-1, (-1, self.headdim)),

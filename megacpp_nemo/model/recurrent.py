@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.ssm.mamba_mixer import _split_tensor_factory
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.mappings import (
@@ -19,7 +18,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
     make_sharded_tensors_for_checkpoint,
@@ -27,7 +26,6 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor, nn
 
-from megacpp_nemo.model.conv import causal_conv1d
 from megacpp_nemo.model.documents import document_ids_of
 from megacpp_nemo.model.initial import (
     depthwise_conv,
@@ -38,6 +36,7 @@ from megacpp_nemo.model.initial import (
 from megacpp_nemo.model.m2rnn import forget_gate, m2rnn_scan
 from megacpp_nemo.model.mamba import refuse_generation
 from megacpp_nemo.model.norms import GatedRMSNorm
+from megacpp_nemo.model.projections import convolve, in_projection, out_projection
 
 
 @dataclass
@@ -77,34 +76,12 @@ class RecurrentMixer(MegatronModule):
         super().__init__(config)
         self.layer_number, self.tp_group = layer_number, pg_collection.tp
         self._set_sizes(self.tp_group.size())
-        self.in_proj = build_module(
-            submodules.in_proj,
-            d_model,
-            sum(self.part_sizes) * self.tp_group.size(),
-            config=config,
-            init_method=config.init_method,
-            gather_output=False,
-            bias=False,
-            skip_bias_add=False,
-            is_expert=False,
-            tp_comm_buffer_name="fc1",
-            tp_group=self.tp_group,
-        )
+        ranks, values = self.tp_group.size(), config.m2rnn_num_heads * config.m2rnn_value_dim
+        inner = sum(self.part_sizes) * ranks
+        self.in_proj = in_projection(submodules.in_proj, config, d_model, inner, self.tp_group)
         self._make_state_parameters()
         self.norm = GatedRMSNorm(config, self.value_size, tp_group=self.tp_group)
-        self.out_proj = build_module(
-            submodules.out_proj,
-            config.m2rnn_num_heads * config.m2rnn_value_dim,
-            d_model,
-            config=config,
-            init_method=config.output_layer_init_method,
-            bias=False,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            is_expert=False,
-            tp_comm_buffer_name="fc2",
-            tp_group=self.tp_group,
-        )
+        self.out_proj = out_projection(submodules.out_proj, config, values, d_model, self.tp_group)
 
     def _set_sizes(self, ranks: int) -> None:
         config = self.config
@@ -153,11 +130,7 @@ class RecurrentMixer(MegatronModule):
         channels, gate, forget = projected.split(
             [2 * self.qk_size + self.value_size, self.value_size, self.num_heads], dim=-1
         )
-        channels = F.silu(
-            causal_conv1d(
-                channels, self.conv1d.weight.squeeze(1), self.conv1d.bias, document_ids=documents
-            )
-        )
+        channels = convolve(self.conv1d, channels, documents)
         q, k, v = channels.split([self.qk_size, self.qk_size, self.value_size], dim=-1)
         q, k = self._shared_by_all_heads(q), self._shared_by_all_heads(k)
         values = v.unflatten(-1, (-1, self.value_dim))
