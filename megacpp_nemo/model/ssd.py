@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from megacpp_nemo.model.conv import (
+from megacpp_nemo.model.arguments import (
     bind_shapes,
     check_chunk_size,
     check_shared,

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megacpp_nemo.contract.errors import RuntimeRefusal
-from megacpp_nemo.model.conv import bind_shapes, causal_conv1d, document_index
+from megacpp_nemo.model.arguments import bind_shapes, document_index
+from megacpp_nemo.model.conv import causal_conv1d
 
 few = settings(max_examples=40, deadline=None)
 
