@@ -26,10 +26,10 @@ from megacpp_nemo.host.checkpoint import LatestCheckpoints, LatestResume
 from megacpp_nemo.host.progress import RunProgress, RunSummary
 from megacpp_nemo.host.schedule import CosineSchedule
 from megacpp_nemo.host.strategy import HybridStrategy
-from megacpp_nemo.lowering.table import carried, trains_tokenizer
+from megacpp_nemo.lowering.table import carried
 from megacpp_nemo.model.config import HybridConfig, HybridModel
 
-GPU_PACKAGES = ("transformer_engine", "mamba_ssm", "causal_conv1d")
+CORPORA = {"sources": CppDataModule, "indexed": IndexedDataModule}
 ACTIVATIONS = {"gelu": F.gelu, "squared_relu": squared_relu, "swiglu": F.silu}
 
 
@@ -58,9 +58,9 @@ def model_config(recipe: HybridRecipe) -> run.Config:
 def _frame(recipe: HybridRecipe) -> run.Partial:
     return run.Partial(
         llm.pretrain,
-        model=run.Config(HybridModel, config=_model_frame(recipe)),
+        model=run.Config(HybridModel, config=_model_frame()),
         trainer=_trainer_frame(),
-        data=run.Config(CppDataModule if trains_tokenizer(recipe) else IndexedDataModule),
+        data=run.Config(CORPORA[recipe.corpus]),
         optim=run.Config(
             MegatronOptimizerModule,
             config=run.Config(OptimizerConfig, optimizer="adam"),
@@ -75,7 +75,7 @@ def _frame(recipe: HybridRecipe) -> run.Partial:
     )
 
 
-def _model_frame(recipe: HybridRecipe) -> run.Config:
+def _model_frame() -> run.Config:
     return run.Config(
         HybridConfig,
         normalization="RMSNorm",
@@ -91,8 +91,6 @@ def _model_frame(recipe: HybridRecipe) -> run.Config:
         moe_router_load_balancing_type="aux_loss",
         moe_router_dtype="fp32",
         moe_token_dispatcher_type="alltoall",
-        moe_grouped_gemm=not trains_tokenizer(recipe),
-        required_packages=() if trains_tokenizer(recipe) else GPU_PACKAGES,
     )
 
 

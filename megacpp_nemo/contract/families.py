@@ -110,7 +110,10 @@ def _small(recipe: HybridRecipe, *, depth: int, model: ModelShape) -> HybridReci
             overlap_param_gather=False,
         ),
         precision=Precision.FP32,
-        features=replace(recipe.features, sparse_attention=False, ngram_hash=False),
+        features=replace(
+            recipe.features, sparse_attention=False, ngram_hash=False, kernels="available"
+        ),
+        corpus="sources",
     )
 
 

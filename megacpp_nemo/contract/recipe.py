@@ -10,9 +10,9 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
-from typing import Any
+from typing import Annotated, Any
 
-from megacpp_nemo.contract.checks import Checked, Positive, Text
+from megacpp_nemo.contract.checks import Checked, Positive, Text, one_of
 from megacpp_nemo.contract.errors import RecipeError, nearest
 from megacpp_nemo.contract.pattern import FULL_NAM56R_PATTERN, BlockFamily, LayerPattern
 from megacpp_nemo.contract.rules import check_recipe
@@ -26,6 +26,8 @@ from megacpp_nemo.contract.training import (
     Precision,
 )
 
+CORPUS_CHOICES = ("indexed", "sources")
+
 
 @dataclass(frozen=True, kw_only=True)
 class HybridRecipe(Checked):
@@ -35,6 +37,8 @@ class HybridRecipe(Checked):
         name: The recipe's name, as on NeMo's command line.
         pattern: Block families, tiled to `depth`; text such as `AEMEAEMEAEMR` is parsed.
         depth: Number of layers.
+        corpus: `indexed` for existing Megatron indexed files and their tokenizer, `sources` for a
+            folder of C++ that is tokenized on the spot.
         model: Widths, heads and counts.
         parallelism: How the model is laid over processes.
         precision: Arithmetic; text such as `bf16` is looked up.
@@ -53,6 +57,7 @@ class HybridRecipe(Checked):
         default_factory=lambda: LayerPattern.parse(FULL_NAM56R_PATTERN),
     )
     depth: Positive = 52
+    corpus: Annotated[str, one_of(*CORPUS_CHOICES)] = "indexed"
     model: ModelShape = field(default_factory=ModelShape)
     parallelism: Parallelism = field(default_factory=Parallelism)
     precision: Precision = Precision.BF16

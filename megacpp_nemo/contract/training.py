@@ -134,6 +134,7 @@ class Cadence(Checked):
 
 
 MAMBA_LANES = ("native", "author")
+KERNEL_CHOICES = ("required", "available")
 STRUCTURE_CHOICES = ("core", "all")
 
 
@@ -148,6 +149,8 @@ class Features(Checked):
         mamba: `native` for Megatron's Mamba-2 mixer, `author` for Mamba-3.
         ngram_hash: Add the hashed n-gram memory to the embedding.
         structure: Add code-structure channels: None, `core` or `all`.
+        kernels: `required` refuses to start without the GPU kernel packages; `available` uses
+            what is installed and plain torch for the rest.
         reset_state: M and R layers start from a zero state at each document of a packed row.
         reset_attention_mask: Attention stays within each document of a packed row; off, it
             sees the whole row, Megatron's default.
@@ -158,6 +161,7 @@ class Features(Checked):
     mamba: Annotated[str, one_of(*MAMBA_LANES)] = "native"
     ngram_hash: bool = True
     structure: Annotated[str, one_of(*STRUCTURE_CHOICES)] | None = None
+    kernels: Annotated[str, one_of(*KERNEL_CHOICES)] = "required"
     reset_state: bool = True
     reset_attention_mask: bool = False
 

@@ -71,6 +71,7 @@ def _not_built(prefix: str, *names: str) -> list[Row]:
 
 
 CONFIG = "model.config"
+GPU_PACKAGES = ("transformer_engine", "mamba_ssm", "causal_conv1d")
 SAMPLES = "data.num_train_samples"
 
 ROWS: tuple[Row, ...] = (
@@ -78,7 +79,6 @@ ROWS: tuple[Row, ...] = (
         field="name",
         nemo=("log.explicit_log_dir",),
         spell=lambda name, recipe: f"runs/{name}",
-        note="its ending decides where the data comes from, see trains_tokenizer",
     ),
     Row(
         field="pattern",
@@ -86,6 +86,7 @@ ROWS: tuple[Row, ...] = (
         spell=lambda pattern, recipe: str(pattern),
     ),
     Row(field="depth", nemo=(f"{CONFIG}.num_layers",)),
+    Row(field="corpus", built=("data",), note="decides which data module serves the run"),
     *_rows(
         "model",
         CONFIG,
@@ -194,7 +195,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         field="model.embedding.vocab_size",
         nemo=("data.vocab_size",),
-        when=lambda recipe: trains_tokenizer(recipe),
+        when=lambda recipe: recipe.corpus == "sources",
         note="the tokenizer of existing data decides for full sizes",
     ),
     Row(
@@ -304,6 +305,16 @@ ROWS: tuple[Row, ...] = (
         spell=lambda on, recipe: "dsa" if on else None,
     ),
     Row(field="features.mamba", nemo=(f"{CONFIG}.mamba_lane",)),
+    Row(
+        field="features.kernels",
+        nemo=(f"{CONFIG}.required_packages",),
+        spell=lambda kernels, recipe: GPU_PACKAGES if kernels == "required" else (),
+    ),
+    Row(
+        field="features.kernels",
+        nemo=(f"{CONFIG}.moe_grouped_gemm",),
+        spell=lambda kernels, recipe: kernels == "required",
+    ),
     *_rows(
         "features",
         CONFIG,
@@ -320,8 +331,3 @@ def carried(recipe: HybridRecipe) -> dict[str, Any]:
         if row.when(recipe)
         for path in row.nemo
     }
-
-
-def trains_tokenizer(recipe: HybridRecipe) -> bool:
-    """Whether the recipe's data is built from sources, which decides its vocabulary."""
-    return recipe.name.endswith(("_tiny", "_smoke"))

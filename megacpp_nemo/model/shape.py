@@ -62,6 +62,7 @@ def shape_of(config: Any) -> tuple[ModelShape, Features]:
         mamba=config.mamba_lane,
         ngram_hash=config.ngram_hash,
         structure=config.structure,
+        kernels="required" if config.required_packages else "available",
         reset_state=config.reset_state,
         reset_attention_mask=config.reset_attention_mask,
     )

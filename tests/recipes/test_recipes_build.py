@@ -83,8 +83,8 @@ def test_an_unknown_recipe_is_an_error_with_the_known_ones():
 def test_a_full_size_model_says_which_packages_it_lacks(name, build):
     from importlib.util import find_spec
 
+    from megacpp_nemo.lowering.table import GPU_PACKAGES
     from megacpp_nemo.recipes import FACTORIES
-    from megacpp_nemo.recipes.build import GPU_PACKAGES
 
     missing = [package.replace("_", "-") for package in GPU_PACKAGES if find_spec(package) is None]
     if not missing:
