@@ -114,7 +114,7 @@ class DocumentDataModule(PreTrainingDataModule):
         self._train_ds, self._validation_ds, self._test_ds = self._build_datasets(sizes)
         if len(self._train_ds) < train:
             raise DataError(
-                "the training data ends before the run does",
+                "The training data ends before the run does",
                 given=f"{len(self._train_ds):,} samples for {train:,}",
                 allowed="several paths repeat as often as needed only when each has a weight",
                 hint="give weights, as in data.paths=['1','a','1','b'], or train for fewer steps",
@@ -123,7 +123,7 @@ class DocumentDataModule(PreTrainingDataModule):
     def _train_samples(self, max_steps: int) -> int:
         if max_steps <= 0:
             raise DataError(
-                "the number of training steps decides how many samples to prepare",
+                "The number of training steps decides how many samples to prepare",
                 given=f"trainer.max_steps={max_steps}",
                 allowed="a positive number of steps",
                 hint="set trainer.max_steps",
@@ -145,7 +145,7 @@ class DocumentDataModule(PreTrainingDataModule):
             return int(limit * self.global_batch_size)
         if self._validation_weights() is not None:
             raise DataError(
-                "a share of weighted validation data is not defined",
+                "A share of weighted validation data is not defined",
                 given=f"trainer.limit_val_batches={limit}",
                 allowed="a whole number of batches when validation paths have weights",
                 hint="set trainer.limit_val_batches=10, or give validation paths without weights",

@@ -28,7 +28,7 @@ def normalized_paths(paths: Any) -> Blend:
     """
     if not paths:
         raise DataError(
-            "no data was given to train on",
+            "No data was given to train on",
             allowed="the path prefix of Megatron indexed files; there is no default",
             hint="data.paths=/data/cpp_text_document for /data/cpp_text_document.bin and .idx",
         )
@@ -38,7 +38,7 @@ def normalized_paths(paths: Any) -> Blend:
     missing = [name for name in SPLITS[:2] if not paths.get(name)]
     if unknown or missing:
         raise DataError(
-            "data paths by split need the names of the splits",
+            "Data paths by split need the names of the splits",
             given=sorted(map(str, paths)),
             allowed="train and validation, and optionally test",
         )
@@ -77,18 +77,18 @@ def _entry(paths: Any) -> list[str]:
     if isinstance(paths, str | os.PathLike):
         paths = [paths]
     if not isinstance(paths, list | tuple):
-        raise DataError("data paths have a form that is not known", given=paths, allowed=_FORMS)
+        raise DataError("Data paths have a form that is not known", given=paths, allowed=_FORMS)
     entry = [str(path).strip() for path in paths]
     numbers = [_is_number(text) for text in entry]
     if any(numbers) and numbers != [True, False] * (len(entry) // 2):
         raise DataError(
-            "weights and data paths do not alternate",
+            "Weights and data paths do not alternate",
             given=entry,
             allowed=_FORMS,
             hint="write a path that looks like a number as ./30",
         )
     if any(numbers) and not all(0 < float(weight) < math.inf for weight in entry[::2]):
-        raise DataError("a data weight is out of range", given=entry, allowed="numbers above 0")
+        raise DataError("A data weight is out of range", given=entry, allowed="numbers above 0")
     return entry
 
 
@@ -127,7 +127,7 @@ def _is_number(text: str) -> bool:
 
 def _bad_split(split: object) -> DataError:
     return DataError(
-        "the split cannot be read",
+        "The split cannot be read",
         given=split,
         allowed="two or three shares, training and validation above 0",
         hint="split='95,5,0', or give paths by split: {'train': ..., 'validation': ...}",
@@ -136,7 +136,7 @@ def _bad_split(split: object) -> DataError:
 
 def _too_short(name: str, prefix: str, tokens: int, seq_length: int) -> DataError:
     return DataError(
-        f"the {name} data is shorter than one row",
+        f"The {name} data is shorter than one row",
         given=f"{prefix}: {tokens:,} tokens",
         allowed=f"at least {seq_length + 1:,} tokens (seq_length and one more)",
         hint="lower seq_length, change the split, or give paths by split",

@@ -106,13 +106,13 @@ def disk_errors(root: Path, needed_bytes: int | None) -> Iterator[None]:
             raise
         if code in _NO_SPACE:
             raise DataError(
-                "no space left on the disk of the corpus cache",
+                "No space left on the disk of the corpus cache",
                 given=str(root),
                 allowed=None if needed_bytes is None else f"about {needed_bytes:,} bytes free",
                 hint="free some space, or set cache_dir to another disk",
             ) from error
         raise DataError(
-            "the corpus cache cannot be written",
+            "The corpus cache cannot be written",
             given=f"{root}: {error}",
             allowed="a folder this user may write to, on a file system with locks",
             hint="set cache_dir to another folder",

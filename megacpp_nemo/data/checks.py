@@ -20,13 +20,13 @@ def check_batch_sizes(
     given = f"{seq_length=}, {micro_batch_size=}, {global_batch_size=}, {num_workers=}"
     if seq_length < 2 or micro_batch_size < 1 or global_batch_size < 1 or num_workers < 0:
         raise DataError(
-            "a batch size is out of range",
+            "A batch size is out of range",
             given=given,
             allowed="seq_length >= 2, batch sizes >= 1, num_workers >= 0",
         )
     if global_batch_size % micro_batch_size:
         raise DataError(
-            "the global batch is not a whole number of micro-batches",
+            "The global batch is not a whole number of micro-batches",
             given=given,
             allowed="global_batch_size a multiple of micro_batch_size",
         )
@@ -44,7 +44,7 @@ def check_enough_tokens(
         needed = rows * seq_length + 1
         if tokens[split] < needed:
             raise DataError(
-                f"the {split} data is too small for one batch",
+                f"The {split} data is too small for one batch",
                 given=f"{tokens[split]:,} tokens",
                 allowed=f"at least {needed:,}: {rows} rows of {seq_length} tokens, and one more",
                 hint="add source files, or lower seq_length or the batch size",
@@ -60,7 +60,7 @@ def load_tokenizer(folder: str | Path | None) -> AutoTokenizer:
     """
     if folder is None:
         raise DataError(
-            "no tokenizer was given",
+            "No tokenizer was given",
             allowed="the folder of the tokenizer that made the data",
             hint="data.tokenizer_dir=/data/tokenizer",
         )
@@ -71,7 +71,7 @@ def load_tokenizer(folder: str | Path | None) -> AutoTokenizer:
     try:
         tokenizer = AutoTokenizer(str(folder))
     except Exception as error:
-        raise DataError("the tokenizer cannot be loaded", given=f"{folder}: {error}") from error
+        raise DataError("The tokenizer cannot be loaded", given=f"{folder}: {error}") from error
     if tokenizer.eos_token is None:
         raise no_end_token(folder)
     return tokenizer

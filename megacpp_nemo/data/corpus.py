@@ -164,7 +164,7 @@ def build_corpus(
 
 def _vanished(folder: Path) -> DataError:
     return DataError(
-        "a corpus vanished from the cache as it was built",
+        "A corpus vanished from the cache as it was built",
         given=str(folder),
         hint="set cache_dir to a folder that nothing else cleans",
     )

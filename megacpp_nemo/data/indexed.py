@@ -61,7 +61,7 @@ def open_indexed(prefix: str | os.PathLike[str]) -> IndexedFile:
     missing = [str(path) for path in (bin_path, idx_path) if not path.is_file()]
     if missing:
         raise DataError(
-            "indexed data files are missing",
+            "Indexed data files are missing",
             given=", ".join(missing),
             allowed="a path prefix with both PREFIX.bin and PREFIX.idx",
             hint="give the prefix without .bin or .idx, or make the files with Megatron's "
@@ -70,7 +70,7 @@ def open_indexed(prefix: str | os.PathLike[str]) -> IndexedFile:
     try:
         return _read(prefix, bin_path, idx_path)
     except OSError as error:
-        raise DataError("an indexed data file cannot be read", given=str(error)) from error
+        raise DataError("An indexed data file cannot be read", given=str(error)) from error
 
 
 def fingerprint(prefixes: list[str]) -> str:
@@ -114,7 +114,7 @@ def _read(prefix: str, bin_path: Path, idx_path: Path) -> IndexedFile:
 
 def _damaged(path: Path, why: str) -> DataError:
     return DataError(
-        "an indexed data file is damaged or incomplete",
+        "An indexed data file is damaged or incomplete",
         given=f"{path}: {why}",
         allowed="a .bin and .idx pair as Megatron's IndexedDatasetBuilder writes it",
         hint="make or copy the pair again",

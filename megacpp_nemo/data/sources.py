@@ -109,7 +109,7 @@ def default_source_set() -> SourceSet:
         if root.is_dir():
             return SourceSet(root=root, exclude=TORCH_GENERATED)
     raise DataError(
-        "the default corpus is torch's C++ headers, and they are not installed here",
+        "The default corpus is torch's C++ headers, and they are not installed here",
         hint="point the corpus at a folder of C++ sources (root=..., or data.root=... for NeMo)",
     )
 
@@ -140,7 +140,7 @@ def scan_sources(source_set: SourceSet) -> SourceScan:
         files.append(SourceFile(path=path, size_bytes=len(content), sha256=digest))
     if not files:
         raise DataError(
-            "no usable C++ source file",
+            "No usable C++ source file",
             given=f"{root}, where {_counts(skipped)}",
             allowed=f"non-empty UTF-8 text files ending in {' '.join(source_set.suffixes)}",
             hint="check the folder and the exclude patterns",
@@ -157,7 +157,7 @@ def read_source(scan: SourceScan, file: SourceFile) -> str:
     content = _read_bytes(scan.root / file.path)
     if content is None or hashlib.sha256(content).hexdigest() != file.sha256:
         raise DataError(
-            "a source file changed while the corpus was being built",
+            "A source file changed while the corpus was being built",
             given=str(scan.root / file.path),
             hint="run again once the files are at rest",
         )
@@ -169,12 +169,12 @@ def _checked_root(source_set: SourceSet) -> Path:
     bad = [suffix for suffix in source_set.suffixes if not suffix.startswith(".")]
     if bad or not source_set.suffixes:
         raise DataError(
-            "a source suffix needs its dot", given=bad or "no suffix", allowed=CPP_SUFFIXES
+            "A source suffix needs its dot", given=bad or "no suffix", allowed=CPP_SUFFIXES
         )
     if not root.is_dir():
         is_there = os.path.lexists(root)
         raise DataError(
-            "the source root is not a folder" if is_there else "the source root does not exist",
+            "The source root is not a folder" if is_there else "the source root does not exist",
             given=str(root),
             allowed="a folder with C++ sources",
             hint="leave the root unset for torch's headers",

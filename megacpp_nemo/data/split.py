@@ -29,7 +29,7 @@ def split_files(
     check_validation_fraction(validation_fraction)
     if len(files) < 2:
         raise DataError(
-            "one source file cannot be divided into training and validation",
+            "One source file cannot be divided into training and validation",
             given=[file.path for file in files],
             allowed="at least two usable files",
             hint="split the file, or add one",
@@ -50,7 +50,7 @@ def check_validation_fraction(validation_fraction: float) -> None:
     """Raise DataError unless the fraction lies strictly between 0 and 1."""
     if not 0.0 < validation_fraction < 1.0:
         raise DataError(
-            "the validation share is out of range",
+            "The validation share is out of range",
             given=validation_fraction,
             allowed="a number strictly between 0 and 1",
             hint="validation_fraction=0.05 holds back one file in twenty",

@@ -72,7 +72,7 @@ def check_vocab_size(vocab_size: int) -> None:
     """Raise DataError when a byte-level vocabulary cannot have `vocab_size` tokens."""
     if vocab_size < MIN_VOCAB_SIZE:
         raise DataError(
-            "the vocabulary is too small for a byte-level tokenizer",
+            "The vocabulary is too small for a byte-level tokenizer",
             given=vocab_size,
             allowed=f"at least {MIN_VOCAB_SIZE}: 256 bytes and {len(SPECIAL_TOKENS)} reserved",
             hint="vocab_size=4096 suits the default corpus",
@@ -92,7 +92,7 @@ def load_trained(folder: str | os.PathLike[str]) -> tuple[Tokenizer, int]:
     try:
         loaded = PreTrainedTokenizerFast.from_pretrained(path)
     except Exception as error:
-        raise DataError("the tokenizer cannot be loaded", given=f"{path}: {error}") from error
+        raise DataError("The tokenizer cannot be loaded", given=f"{path}: {error}") from error
     if loaded.eos_token_id is None:
         raise no_end_token(path)
     return loaded.backend_tokenizer, int(loaded.eos_token_id)
@@ -143,7 +143,7 @@ def tokenizer_folder(folder: str | os.PathLike[str], names: Sequence[str]) -> Pa
     path = Path(folder).expanduser()
     if not any((path / name).is_file() for name in names):
         raise DataError(
-            "the tokenizer folder holds no tokenizer",
+            "The tokenizer folder holds no tokenizer",
             given=str(path),
             allowed=f"a folder with {' or '.join(names)}",
             hint="set data.tokenizer_dir to a folder written by save_pretrained",
@@ -170,7 +170,7 @@ def _tokenizer_files(folder: Path) -> list[Path]:
 def no_end_token(folder: Path) -> DataError:
     """Return the error of a tokenizer that cannot end a document."""
     return DataError(
-        "the tokenizer has no end-of-document token",
+        "The tokenizer has no end-of-document token",
         given=str(folder),
         allowed="a tokenizer whose eos_token ends every document of the data",
         hint="add eos_token to its tokenizer_config.json",

@@ -88,7 +88,7 @@ def test_a_full_disk_leaves_an_empty_cache_and_says_what_is_needed(
         monkeypatch.setattr(IndexedDatasetBuilder, "add_document", fail)
     else:
         monkeypatch.setattr(corpus_build, "save_tokenizer", fail)
-    with pytest.raises(DataError, match=r"no space left(.|\n)*about [\d,]+ bytes free"):
+    with pytest.raises(DataError, match=r"No space left(.|\n)*about [\d,]+ bytes free"):
         build_corpus(make_spec(), tmp_path / "c", progress=False)
     assert list((tmp_path / "c" / "corpora").iterdir()) == []
     monkeypatch.undo()

@@ -114,5 +114,5 @@ def test_a_bad_split_is_a_data_error(prefix, split):
 
 
 def test_a_part_shorter_than_a_row_is_a_data_error(prefix):
-    with pytest.raises(DataError, match="the test data is shorter than one row"):
+    with pytest.raises(DataError, match="The test data is shorter than one row"):
         blend_tokens([prefix], "980,19,1", seq_length=8)

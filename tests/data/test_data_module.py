@@ -153,7 +153,7 @@ def test_a_full_disk_while_ordering_samples_is_a_data_error(cpp, monkeypatch, re
     if grouped:
         request.getfixturevalue("process_group")
     monkeypatch.setattr("numpy.save", fail)
-    with pytest.raises(DataError, match="no space left"):
+    with pytest.raises(DataError, match="No space left"):
         built(cpp(seed=99))
 
 

@@ -110,7 +110,7 @@ def test_a_missing_root_a_file_as_root_and_an_empty_root_are_told_apart(tmp_path
         scan_sources(SourceSet(root=tmp_path / "gone"))
     with pytest.raises(DataError, match="is not a folder"):
         scan_sources(SourceSet(root=tmp_path / "file.h"))
-    with pytest.raises(DataError, match=r"no usable C\+\+ source file(.|\n)*no file has such"):
+    with pytest.raises(DataError, match=r"No usable C\+\+ source file(.|\n)*no file has such"):
         scan_sources(SourceSet(root=tmp_path / "void"))
     put(tmp_path / "void", x_DOT_h="")
     with pytest.raises(DataError, match="all were skipped: 1 empty"):
