@@ -128,9 +128,8 @@ def _optimizer_lost_conditions() -> bool:
 
     from megatron.core import optimizer
 
-    return "no_weight_decay_cond" not in inspect.signature(
-        optimizer.get_megatron_optimizer
-    ).parameters and not getattr(optimizer.get_megatron_optimizer, "translates_conditions", False)
+    taken = inspect.signature(optimizer.get_megatron_optimizer).parameters
+    return "no_weight_decay_cond" not in taken
 
 
 def _translate_conditions() -> None:
@@ -155,7 +154,6 @@ def _translate_conditions() -> None:
             }
         return upstream(config, model_chunks, config_overrides=overrides, **kwargs)
 
-    get_megatron_optimizer.translates_conditions = True  # type: ignore[attr-defined]
     optimizer.get_megatron_optimizer = get_megatron_optimizer
 
 

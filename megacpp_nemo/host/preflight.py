@@ -6,6 +6,7 @@ Each check collects every reason it finds, so that one message names all there i
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from typing import Any
 
 from megacpp_nemo.contract.errors import RuntimeRefusal
@@ -20,18 +21,18 @@ BUILT = (
 )
 
 
+def missing_packages(names: Iterable[str]) -> list[str]:
+    """Return those of the import names that are not installed, as package names."""
+    return [name.replace("_", "-") for name in names if importlib.util.find_spec(name) is None]
+
+
 def require_packages(config: Any) -> None:
     """Refuse a configuration whose required packages are not installed.
 
     Raises:
         RuntimeRefusal: Naming the missing packages.
     """
-    missing = [
-        name.replace("_", "-")
-        for name in config.required_packages
-        if importlib.util.find_spec(name) is None
-    ]
-    if missing:
+    if missing := missing_packages(config.required_packages):
         raise RuntimeRefusal(
             f"This model needs packages that are not installed: {', '.join(missing)}",
             given=f"required_packages={tuple(config.required_packages)}",

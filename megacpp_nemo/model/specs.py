@@ -8,7 +8,6 @@ the fused modules either way, so they move between machines.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +28,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megacpp_nemo.contract.errors import RuntimeRefusal
 from megacpp_nemo.host import compat
+from megacpp_nemo.host.preflight import missing_packages
 from megacpp_nemo.model.attention import GroupedAttention, LatentAttention, LatentDotProduct
 from megacpp_nemo.model.mamba import FusedMambaMixer, PortableMambaMixer
 from megacpp_nemo.model.norms import LocalRMSNorm
@@ -79,11 +79,6 @@ class Backend:
         attention = "Transformer Engine" if self.transformer_engine else "local"
         mamba = "fused" if self.fused_mamba else "portable"
         return f"{attention} modules, {mamba} Mamba mixer"
-
-
-def missing_packages(names: tuple[str, ...]) -> list[str]:
-    """Return those of the import names that are not installed, as package names."""
-    return [name.replace("_", "-") for name in names if importlib.util.find_spec(name) is None]
 
 
 def hybrid_stack_spec(config: Any, backend: Backend | None = None) -> ModuleSpec:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,9 +15,13 @@ from torch.overrides import TorchFunctionMode
 
 from megacpp_nemo.contract.errors import RuntimeRefusal
 from megacpp_nemo.model.m2rnn import forget_gate, m2rnn_scan, m2rnn_sequential
+from tests.model import scans
+from tests.model.scans import boundaries, outcome
 
 few = settings(max_examples=50, deadline=None)
 NAMES = ("q", "k", "v", "f", "W", "initial_state")
+difference = partial(scans.difference, inputs=NAMES)
+assert_same = partial(scans.assert_same, inputs=NAMES)
 
 
 def make(
@@ -46,10 +51,6 @@ def make(
     }
     # Rounded to fp32 first, so that fp32 and fp64 runs see equal inputs.
     return {name: t.float().to(dtype).requires_grad_() for name, t in inputs.items()}
-
-
-def boundaries(seed: int, batch: int, seq: int) -> Tensor:
-    return torch.randint(0, 4, (batch, seq), generator=torch.Generator().manual_seed(seed)) // 3
 
 
 class ClippedIdentity(torch.autograd.Function):
@@ -88,30 +89,6 @@ def loop(
             finals.append(state)
     y = torch.stack(ys).view(batch, heads, seq, -1).transpose(1, 2)
     return y, torch.stack(finals).view_as(initial)
-
-
-def outcome(
-    y: Tensor, final: Tensor, inputs: dict[str, Tensor], loss_scale: float = 1.0
-) -> list[Tensor]:
-    """Return y, the final state and the gradient of every input, for one fixed loss."""
-    draw = torch.Generator().manual_seed(1)
-    weights = [torch.randn(t.shape, generator=draw, dtype=torch.float64) for t in (y, final)]
-    loss = sum((t.double() * w).sum() for t, w in zip((y, final), weights, strict=True))
-    return [y, final, *torch.autograd.grad(loss * loss_scale, list(inputs.values()))]
-
-
-def difference(actual: list[Tensor], expected: list[Tensor]) -> dict[str, float]:
-    """Return the largest error by name, relative to the largest entry where that is above 1."""
-    return {
-        name: (left.double() - right.double()).abs().max().item()
-        / max(1.0, right.abs().max().item())
-        for name, left, right in zip(("y", "final", *NAMES), actual, expected, strict=True)
-    }
-
-
-def assert_same(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    errors = difference(actual, expected)
-    assert max(errors.values()) <= tolerance, errors
 
 
 @few

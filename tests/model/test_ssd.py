@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,9 +13,12 @@ from torch import Tensor
 
 from megacpp_nemo.contract.errors import RuntimeRefusal
 from megacpp_nemo.model.ssd import ssd_chunked, ssd_sequential
+from tests.model import scans
+from tests.model.scans import boundaries, outcome
 
 few = settings(max_examples=50, deadline=None)
 NAMES = ("x", "dt", "A", "B", "C", "D", "initial_state")
+assert_same = partial(scans.assert_same, inputs=NAMES)
 
 
 def make(
@@ -47,10 +51,6 @@ def make(
     return {name: t.float().to(dtype).requires_grad_() for name, t in inputs.items()}
 
 
-def boundaries(seed: int, batch: int, seq: int) -> Tensor:
-    return torch.randint(0, 4, (batch, seq), generator=torch.Generator().manual_seed(seed)) // 3
-
-
 def loop(inputs: dict[str, Tensor], ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Write the recurrence row by row and head by head."""
     x, dt, A, B, C, D, initial = (inputs[name] for name in NAMES)
@@ -68,22 +68,6 @@ def loop(inputs: dict[str, Tensor], ids: Tensor | None = None) -> tuple[Tensor, 
             finals.append(state)
     y = torch.stack(ys).view(batch, heads, seq, -1).transpose(1, 2)
     return y, torch.stack(finals).view_as(initial)
-
-
-def outcome(y: Tensor, final: Tensor, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """Return y, the final state and the gradient of every input, for one fixed loss."""
-    draw = torch.Generator().manual_seed(1)
-    weights = [torch.randn(t.shape, generator=draw, dtype=torch.float64) for t in (y, final)]
-    loss = sum((t.double() * w).sum() for t, w in zip((y, final), weights, strict=True))
-    return [y, final, *torch.autograd.grad(loss, list(inputs.values()))]
-
-
-def assert_same(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    """Compare to `tolerance` of the largest entry, or absolutely where that is below 1."""
-    for name, left, right in zip(("y", "final", *NAMES), actual, expected, strict=True):
-        error = (left.double() - right.double()).abs().max().item()
-        scale = max(1.0, right.abs().max().item())
-        assert error <= tolerance * scale, f"{name}: {error:.2e} at scale {scale:.2e}"
 
 
 @few
