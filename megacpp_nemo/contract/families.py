@@ -111,7 +111,11 @@ def _small(recipe: HybridRecipe, *, depth: int, model: ModelShape) -> HybridReci
         ),
         precision=Precision.FP32,
         features=replace(
-            recipe.features, sparse_attention=False, ngram_hash=False, kernels="available"
+            recipe.features,
+            sparse_attention=False,
+            ngram_hash=False,
+            kernels="available",
+            reset_state=True,
         ),
         corpus="sources",
     )

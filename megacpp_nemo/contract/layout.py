@@ -75,7 +75,7 @@ def _check_kinds(
     layers: LayerPattern, model: ModelShape, features: Features, parallelism: Parallelism
 ) -> None:
     families = layers.counts()
-    experts = families.get(BlockFamily.EXPERTS, 0)
+    experts = families.get(BlockFamily.EXPERTS, 0) if features.experts else 0
     tensor, context = parallelism.tensor_model_parallel_size, parallelism.context_parallel_size
     if experts and tensor > 1 and not parallelism.sequence_parallel:
         raise RecipeError(
@@ -87,9 +87,9 @@ def _check_kinds(
         )
     if not experts and parallelism.expert_model_parallel_size > 1:
         raise RecipeError(
-            "Expert parallelism needs expert layers, and the pattern has none",
+            "Expert parallelism needs expert layers, and the model has none",
             given=f"expert_model_parallel_size={parallelism.expert_model_parallel_size}",
-            allowed="1, or a pattern that contains E",
+            allowed="1, or a pattern that contains E, with features.experts on",
             hint="expert_model_parallel_size=1",
         )
     chosen = features.sparse_attention and model.sparse_attention.a_ranks
@@ -155,8 +155,14 @@ def _parts(
         keys = model.recurrent.num_qk_heads * model.recurrent.key_dim
         yield _Part("recurrent.num_heads", model.recurrent.num_heads, TENSOR, tensor)
         yield _Part("recurrent.num_qk_heads x key_dim", keys, TENSOR, tensor)
-    if BlockFamily.EXPERTS in families:
+    if BlockFamily.GATED_DELTA_NET in families:
+        gated = model.gated_delta_net
+        yield _Part("gated_delta_net.num_key_heads", gated.num_key_heads, TENSOR, tensor)
+        yield _Part("gated_delta_net.num_value_heads", gated.num_value_heads, TENSOR, tensor)
+    if BlockFamily.EXPERTS in families and features.experts:
         yield from _experts_parts(model, parallelism)
+    elif BlockFamily.EXPERTS in families:
+        yield _Part("ffn_hidden_size", model.ffn_hidden_size, TENSOR, tensor)
 
 
 def _mamba_parts(model: ModelShape, parallelism: Parallelism) -> Iterator[_Part]:

@@ -38,6 +38,8 @@ class LatentShape(Checked):
         qk_head_dim: Width per head of the query/key part without position.
         qk_pos_emb_head_dim: Width per head of the rotary part.
         v_head_dim: Width per head of the values.
+        layernorm: Norms on the two latents. Megatron's own hybrid layers have none before 0.19,
+            whatever the command line says.
     """
 
     q_lora_rank: Positive = 64
@@ -45,6 +47,7 @@ class LatentShape(Checked):
     qk_head_dim: Positive = 64
     qk_pos_emb_head_dim: Positive = 64
     v_head_dim: Positive = 64
+    layernorm: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +129,35 @@ class AuthorMambaShape(Checked):
     state_dim: Positive = 128
     mimo_rank: Positive = 4
     chunk_size: Positive = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedDeltaNetShape(Checked):
+    """Gated DeltaNet (arXiv 2412.06464), the pattern's G. The defaults are Megatron's.
+
+    Args:
+        num_key_heads: Heads of queries and keys.
+        num_value_heads: Heads of values; a multiple of `num_key_heads`.
+        key_head_dim: Width of one query or key head.
+        value_head_dim: Width of one value head.
+        conv_width: Taps of the causal convolution.
+    """
+
+    num_key_heads: Positive = 16
+    num_value_heads: Positive = 32
+    key_head_dim: Positive = 128
+    value_head_dim: Positive = 128
+    conv_width: Positive = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_value_heads % self.num_key_heads:
+            raise RecipeError(
+                "Gated DeltaNet key heads must divide its value heads",
+                given=f"num_key_heads={self.num_key_heads}, num_value_heads={self.num_value_heads}",
+                allowed="num_value_heads divisible by num_key_heads",
+                hint=f"num_key_heads={math.gcd(self.num_key_heads, self.num_value_heads)}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from megacpp_nemo.contract.training import (
     Batch,
     Cadence,
     Features,
+    Files,
     OptimizerSchedule,
     Parallelism,
     Precision,
@@ -45,6 +46,7 @@ class HybridRecipe(Checked):
         batch: Rows per step.
         schedule: Optimizer and learning rate.
         cadence: What happens how often.
+        files: Where the run reads and writes.
         features: What the model is made of beyond its pattern.
 
     Raises:
@@ -64,6 +66,7 @@ class HybridRecipe(Checked):
     batch: Batch = field(default_factory=Batch)
     schedule: OptimizerSchedule = field(default_factory=OptimizerSchedule)
     cadence: Cadence = field(default_factory=Cadence)
+    files: Files = field(default_factory=Files)
     features: Features = field(default_factory=Features)
 
     def __post_init__(self) -> None:
@@ -77,6 +80,11 @@ class HybridRecipe(Checked):
     def layers(self) -> LayerPattern:
         """The pattern laid out to `depth`."""
         return self.pattern.tile(self.depth)
+
+    @property
+    def run_dir(self) -> str:
+        """Folder for checkpoints and curves."""
+        return self.files.run_dir or f"runs/{self.name}"
 
     @property
     def sparse_layer_numbers(self) -> tuple[int, ...]:

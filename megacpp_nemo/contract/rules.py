@@ -36,11 +36,20 @@ def check_recipe(recipe: HybridRecipe) -> None:
     check_model(layers, recipe.model, recipe.features)
     check_layout(layers, recipe.model, recipe.features, recipe.parallelism)
     check_batch(recipe.batch, recipe.parallelism)
-    if recipe.precision is Precision.FP8_EXPERTS and not recipe.has(BlockFamily.EXPERTS):
+    if recipe.files.data_path and recipe.corpus != "indexed":
         raise RecipeError(
-            "FP8 is for expert layers only, and the pattern has none",
-            given=f"precision='fp8_experts' with pattern {recipe.pattern}",
-            allowed="fp8_experts with a pattern that contains E",
+            "Indexed files are read only by a recipe whose corpus is indexed",
+            given=f"corpus={recipe.corpus!r}, files.data_path={recipe.files.data_path}",
+            allowed="files.data_path only with corpus='indexed'",
+            hint="corpus='indexed'",
+        )
+    has_experts = recipe.has(BlockFamily.EXPERTS) and recipe.features.experts
+    if recipe.precision is Precision.FP8_EXPERTS and not has_experts:
+        raise RecipeError(
+            "FP8 is for expert layers only, and the model has none",
+            given=f"precision='fp8_experts' with pattern {recipe.pattern}, "
+            f"features.experts={recipe.features.experts}",
+            allowed="fp8_experts with a pattern that contains E, and features.experts on",
             hint="precision='bf16'",
         )
 

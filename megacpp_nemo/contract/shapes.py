@@ -20,15 +20,17 @@ from megacpp_nemo.contract.checks import (
     Rule,
     one_of,
 )
-from megacpp_nemo.contract.errors import RecipeError
+from megacpp_nemo.contract.errors import PatternError, RecipeError
 from megacpp_nemo.contract.mixers import (
     AttentionShape,
     AuthorMambaShape,
+    GatedDeltaNetShape,
     LatentShape,
     MambaShape,
     RecurrentShape,
     SparseAttentionShape,
 )
+from megacpp_nemo.contract.pattern import BlockFamily, LayerPattern
 
 __all__ = [
     "EXPERT_ACTIVATIONS",
@@ -36,6 +38,7 @@ __all__ = [
     "AuthorMambaShape",
     "EmbeddingShape",
     "ExpertsShape",
+    "GatedDeltaNetShape",
     "LatentShape",
     "MambaShape",
     "ModelShape",
@@ -47,6 +50,12 @@ __all__ = [
 ]
 
 EXPERT_ACTIVATIONS = ("gelu", "squared_relu", "swiglu")
+MTP_FAMILIES = (
+    BlockFamily.ATTENTION,
+    BlockFamily.EXPERTS,
+    BlockFamily.GATED_DELTA_NET,
+    BlockFamily.MAMBA,
+)
 DISTINCT = Rule(
     "a tuple or list of distinct whole numbers, each 2 or more, at least one",
     lambda orders: 0 < len(orders) == len(set(orders)),
@@ -142,11 +151,31 @@ class MultiTokenPredictionShape(Checked):
 
     Args:
         num_layers: Prediction depth; 0 is off.
+        pattern: Layers of one depth, of A, E, G and M; text is parsed. As in DeepSeek-V3, one
+            attention and one expert layer unless said otherwise.
         loss_scaling_factor: Weight of the summed MTP losses.
+
+    Raises:
+        PatternError: If the pattern cannot be read, is cut into stages, or has a family whose
+            layers are told apart by their place in the main pattern.
     """
 
     num_layers: Count = 1
+    pattern: LayerPattern = field(default_factory=lambda: LayerPattern.parse("AE"))
     loss_scaling_factor: NonNegativeFloat = 0.1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, LayerPattern):
+            object.__setattr__(self, "pattern", LayerPattern.parse(self.pattern))
+        super().__post_init__()
+        others = [family for family in self.pattern.counts() if family not in MTP_FAMILIES]
+        if others or self.pattern.is_segmented:
+            raise PatternError(
+                "A multi-token prediction depth is a few plain layers on the last stage",
+                given=f"mtp.pattern={str(self.pattern)!r}",
+                allowed="letters " + ", ".join(family.letter for family in MTP_FAMILIES),
+                hint="mtp.pattern='AE'",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +203,7 @@ class ModelShape(Checked):
     experts: ExpertsShape = field(default_factory=ExpertsShape)
     mamba: MambaShape = field(default_factory=MambaShape)
     author_mamba: AuthorMambaShape = field(default_factory=AuthorMambaShape)
+    gated_delta_net: GatedDeltaNetShape = field(default_factory=GatedDeltaNetShape)
     recurrent: RecurrentShape = field(default_factory=RecurrentShape)
     embedding: EmbeddingShape = field(default_factory=EmbeddingShape)
     mtp: MultiTokenPredictionShape = field(default_factory=MultiTokenPredictionShape)

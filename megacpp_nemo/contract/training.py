@@ -14,6 +14,7 @@ from megacpp_nemo.contract.checks import (
     Positive,
     PositiveFloat,
     Seed,
+    Text,
     one_of,
 )
 from megacpp_nemo.contract.errors import RecipeError, lookup
@@ -25,6 +26,7 @@ __all__ = [
     "Batch",
     "Cadence",
     "Features",
+    "Files",
     "OptimizerSchedule",
     "Parallelism",
     "ParallelismMode",
@@ -133,6 +135,24 @@ class Cadence(Checked):
     log_interval: Positive = 10
 
 
+@dataclass(frozen=True, kw_only=True)
+class Files(Checked):
+    """Where a run reads and writes. Paths are taken as they are; nothing is opened.
+
+    Args:
+        data_path: Megatron indexed files as path prefixes: one, or weights and prefixes in turn
+            (`("30", "/data/a", "70", "/data/b")`).
+        split: Shares of training, validation and test data.
+        tokenizer_dir: Folder of the Hugging Face tokenizer that made the files.
+        run_dir: Folder for checkpoints and curves; None for `runs/NAME`.
+    """
+
+    data_path: tuple[Text, ...] = ()
+    split: Text = "900,50,50"
+    tokenizer_dir: Text | None = None
+    run_dir: Text | None = None
+
+
 MAMBA_LANES = ("native", "author")
 KERNEL_CHOICES = ("required", "available")
 STRUCTURE_CHOICES = ("core", "all")
@@ -145,24 +165,27 @@ class Features(Checked):
     Args:
         latent_attention: Attention layers are multi-latent (MLA); off means plain
             grouped-query attention.
+        experts: E layers are mixtures of experts; off means dense MLPs of `ffn_hidden_size`.
         sparse_attention: The A-ranks of `ModelShape.sparse_attention` use DSA.
         mamba: `native` for Megatron's Mamba-2 mixer, `author` for Mamba-3.
         ngram_hash: Add the hashed n-gram memory to the embedding.
         structure: Add code-structure channels: None, `core` or `all`.
         kernels: `required` refuses to start without the GPU kernel packages; `available` uses
             what is installed and plain torch for the rest.
-        reset_state: M and R layers start from a zero state at each document of a packed row.
+        reset_state: M and R layers start from a zero state at each document of a packed row;
+            off, the state runs on through the row, Megatron's default.
         reset_attention_mask: Attention stays within each document of a packed row; off, it
             sees the whole row, Megatron's default.
     """
 
     latent_attention: bool = True
+    experts: bool = True
     sparse_attention: bool = True
     mamba: Annotated[str, one_of(*MAMBA_LANES)] = "native"
     ngram_hash: bool = True
     structure: Annotated[str, one_of(*STRUCTURE_CHOICES)] | None = None
     kernels: Annotated[str, one_of(*KERNEL_CHOICES)] = "required"
-    reset_state: bool = True
+    reset_state: bool = False
     reset_attention_mask: bool = False
 
     def __post_init__(self) -> None:

@@ -197,6 +197,9 @@ def test_a_small_size_runs_in_one_process_and_keeps_the_block_families(name, mod
     assert small.features.latent_attention
     off = (small.features.sparse_attention, small.features.ngram_hash, small.model.mtp.num_layers)
     assert off == (False, False, 0)
+    # Their own corpus packs many documents into a row; full-size rows are Megatron's.
+    assert (small.corpus, full.corpus) == ("sources", "indexed")
+    assert (small.features.reset_state, full.features.reset_state) == (True, False)
 
 
 def test_small_sizes_can_turn_on_what_they_leave_off():

@@ -29,7 +29,12 @@ OPTIONAL = {
     "parallelism.virtual_pipeline_model_parallel_size",
     "parallelism.expert_tensor_parallel_size",
     "features.structure",
+    "files.tokenizer_dir",
+    "files.run_dir",
 }
+WORDS = {"features.structure", "files.tokenizer_dir", "files.run_dir"}
+# Tuples of text, not of whole numbers.
+TEXTS = {"files.data_path"}
 ZERO_IS_FINE = {
     "model.experts.shared_expert_size",
     "model.mtp.num_layers",
@@ -47,6 +52,8 @@ CHOICES = {
     "model.experts.activation": ("gelu", "squared_relu", "swiglu"),
     "features.mamba": ("native", "author"),
     "features.structure": ("core", "all"),
+    "features.kernels": ("required", "available"),
+    "corpus": ("indexed", "sources"),
 }
 WRONG = {
     int: ["4", 1.0, 4.5, NAN, INF, True, False, [4], (), {}, object(), -1, -(10**400)],
@@ -59,11 +66,13 @@ WRONG = {
 
 def kind(path: str) -> type:
     if path in OPTIONAL:
-        return str if path in CHOICES else int
+        return str if path in WORDS else int
     return type(LEAVES[path])
 
 
 def wrong_values(path: str) -> list[object]:
+    if path in TEXTS:
+        return [3, "a", {"a"}, [1.5], [b"a"], ("",), (" ",), (None,), (("a",),), None]
     values = list(WRONG[kind(path)])
     if path not in OPTIONAL:
         values.append(None)
@@ -74,7 +83,7 @@ def wrong_values(path: str) -> list[object]:
     return values
 
 
-PLAIN = [path for path in LEAVES if path not in ("pattern", "precision")]
+PLAIN = [path for path in LEAVES if path not in ("pattern", "precision", "model.mtp.pattern")]
 
 
 @pytest.mark.parametrize("path", PLAIN)
@@ -134,7 +143,10 @@ def test_the_default_and_its_json_form_are_accepted(path):
         (training.Parallelism, "sequence_parallel", 1, False, "True or False"),
         (training.Features, "mamba", "mamba2", "author", "'native', 'author'"),
         (training.Features, "structure", "some", None, "'core', 'all', or None"),
+        (training.Features, "kernels", "none", "available", "'required', 'available'"),
+        (training.Files, "run_dir", "", None, "text that is not blank, or None"),
         (HybridRecipe, "name", "  ", "mine", "text that is not blank"),
+        (HybridRecipe, "corpus", "files", "sources", "'indexed', 'sources'"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -188,7 +200,7 @@ def test_a_close_choice_is_suggested_or_else_the_default(given, suggested):
     assert settings(refusal(RecipeError, training.Features, mamba=given)) == {"mamba": suggested}
 
 
-PARTS = ["model", "parallelism", "batch", "schedule", "cadence", "features"]
+PARTS = ["model", "parallelism", "batch", "schedule", "cadence", "files", "features"]
 INNER = [field.name for field in dataclasses.fields(shapes.ModelShape)
          if dataclasses.is_dataclass(getattr(shapes.ModelShape(), field.name))]  # fmt: skip
 NOT_A_PART = ["x", 3, None, {}, [], shapes.ModelShape]
@@ -217,6 +229,12 @@ def test_one_part_is_not_taken_for_another():
 @pytest.mark.parametrize("pattern", [3, None, ["A"], b"AE", shapes.ModelShape(), ""])
 def test_a_pattern_that_is_none_is_refused(pattern):
     refusal(PatternError, HybridRecipe, pattern=pattern)
+
+
+@pytest.mark.parametrize("pattern", [3, None, ["A"], b"AE", "", "AX", "AE|AE", "AR", "D"])
+def test_a_pattern_that_no_prediction_depth_has_is_refused(pattern):
+    refusal(PatternError, shapes.MultiTokenPredictionShape, pattern=pattern)
+    assert shapes.MultiTokenPredictionShape(pattern="aemg").pattern == LayerPattern.parse("AEMG")
 
 
 @pytest.mark.parametrize("precision", [7, None, "fp4", "", ["bf16"], True, 16.0])
@@ -248,7 +266,7 @@ def test_every_dataclass_of_a_recipe_is_checked():
                 yield from parts(value)
 
     found = list(parts(HybridRecipe()))
-    assert len(found) == 18
+    assert len(found) == 20
     assert all(isinstance(part, Checked) for part in found)
 
 

@@ -71,6 +71,15 @@ class TestWhatThePatternDoesNotHaveIsNotChecked:
     def test_experts_do_not_ask_a_dense_pattern_for_sequence_parallelism(self):
         assert recipe("nam56r", changes={"pattern": "AM", "sequence_parallel": False})
 
+    def test_dense_mlps_are_no_experts(self):
+        dense = {"features.experts": False, "sequence_parallel": False}
+        assert recipe("nam56r", changes={**dense, "num_experts": 7, "experts.ffn_hidden_size": 13})
+
+    def test_gated_delta_net_shapes_without_its_layers(self):
+        odd = {"num_key_heads": 3, "num_value_heads": 3}
+        assert recipe("nam56r", changes=odd)
+        refusal(RecipeError, recipe, "nam56r", changes={**odd, "pattern": "AG", "a_ranks": [1]})
+
     def test_dsa_that_is_off_allows_context_parallelism_and_any_ranks(self):
         off = {"sparse_attention": False, CP: 2, "a_ranks": [40]}
         assert recipe("nam56r", changes=off).sparse_layer_numbers == ()

@@ -25,7 +25,7 @@ AMBIGUOUS = {
     "num_heads": 4,
     "head_dim": 3,
     "state_dim": 2,
-    "conv_width": 2,
+    "conv_width": 3,
     "chunk_size": 2,
     "ffn_hidden_size": 2,
 }
@@ -45,7 +45,7 @@ class TestFieldPaths:
 
     def test_no_leaf_is_a_part(self):
         parts = [path for path, value in LEAVES.items() if dataclasses.is_dataclass(value)]
-        assert parts == ["pattern"]
+        assert parts == ["pattern", "model.mtp.pattern"]
 
     def test_a_part_has_paths_of_its_own(self):
         paths = field_paths(Parallelism)
@@ -59,7 +59,9 @@ class TestResolvingNames:
         for start in range(len(words)):
             ending = ".".join(words[start:])
             owners = [p for p in LEAVES if f".{p}".endswith(f".{ending}")]
-            if len(owners) == 1 or ending in LEAVES:
+            if ending in LEAVES:  # a whole path, even if others end in it
+                assert resolve_field(ending) == ending
+            elif len(owners) == 1:
                 assert resolve_field(ending) == path
             else:
                 error = refusal(RecipeError, resolve_field, ending)
