@@ -1,7 +1,7 @@
 """A recipe as NeMo's configuration: `to_nemo(recipe)` returns what `llm.pretrain` takes.
 
-The frame holds what every recipe has in common; everything a recipe decides is set from the
-correspondence table.
+The frame says which classes a recipe is made of; every value is set from the correspondence
+table.
 """
 
 from __future__ import annotations
@@ -58,54 +58,27 @@ def model_config(recipe: HybridRecipe) -> run.Config:
 def _frame(recipe: HybridRecipe) -> run.Partial:
     return run.Partial(
         llm.pretrain,
-        model=run.Config(HybridModel, config=_model_frame()),
+        model=run.Config(HybridModel, config=run.Config(HybridConfig)),
         trainer=_trainer_frame(),
         data=run.Config(CORPORA[recipe.corpus]),
         optim=run.Config(
             MegatronOptimizerModule,
-            config=run.Config(OptimizerConfig, optimizer="adam"),
+            config=run.Config(OptimizerConfig),
             lr_scheduler=run.Config(CosineSchedule),
         ),
         log=run.Config(
             nl.NeMoLogger,
             ckpt=run.Config(LatestCheckpoints),
-            tensorboard=run.Config(TensorBoardLogger, save_dir="tensorboard", name=""),
+            tensorboard=run.Config(TensorBoardLogger),
         ),
-        resume=run.Config(LatestResume, resume_if_exists=True, resume_ignore_no_checkpoint=True),
-    )
-
-
-def _model_frame() -> run.Config:
-    return run.Config(
-        HybridConfig,
-        normalization="RMSNorm",
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        share_embeddings_and_output_weights=False,
-        position_embedding_type="none",
-        rope_type="rope",
-        apply_rope_fusion=False,
-        moe_router_score_function="sigmoid",
-        moe_router_enable_expert_bias=True,
-        moe_router_load_balancing_type="aux_loss",
-        moe_router_dtype="fp32",
-        moe_token_dispatcher_type="alltoall",
+        resume=run.Config(LatestResume),
     )
 
 
 def _trainer_frame() -> run.Config:
     return run.Config(
         nl.Trainer,
-        accelerator="auto",
-        use_distributed_sampler=False,
-        enable_model_summary=False,
-        strategy=run.Config(
-            HybridStrategy,
-            ckpt_async_save=False,
-            replace_progress_bar=False,
-            ddp=run.Config(DistributedDataParallelConfig, check_for_nan_in_grad=True),
-        ),
+        strategy=run.Config(HybridStrategy, ddp=run.Config(DistributedDataParallelConfig)),
         callbacks=[run.Config(RunProgress), run.Config(RunSummary)],
     )
 

@@ -1,8 +1,23 @@
-"""Order of the tests: those that fork come before those that leave threads behind."""
+"""Order of the tests: those that fork come before those that leave threads behind.
+
+`--megatron-sources DIR` turns on the tests that read real Megatron-LM trees, `DIR/<release>/`.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the folder of Megatron-LM trees."""
+    parser.addoption(
+        "--megatron-sources",
+        type=Path,
+        metavar="DIR",
+        help="folder of Megatron-LM trees, each called after its release (0.16.1, ...)",
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Optional
 
 from megatron.core import parallel_state
 from megatron.core.models.mamba import MambaModel as MegatronMambaModel
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from nemo.collections.llm.gpt.model.base import gpt_data_step
@@ -70,6 +71,7 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
     (`AEMEAEMEAEMR`, tiled to `num_layers`), read by `HybridStack`. The defaults are NAM56R's.
 
     Args:
+        experts: E layers are mixtures of experts; off, dense MLPs of `ffn_hidden_size`.
         m2rnn_num_heads: Value, gate and transition heads of R layers.
         m2rnn_num_qk_heads: Query/key heads of R layers.
         m2rnn_key_dim: Rows of the recurrent state.
@@ -80,9 +82,20 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
         mamba_path: `auto`, `fused` or `portable` native mixer.
         mamba_conv_width: Taps of the Mamba layers' convolution.
         mamba_chunk_size: Tokens per chunk of the Mamba scan.
+        author_mamba_num_heads: Heads of Mamba-3; with the four after it, its shape.
+        author_mamba_head_dim: Width of one head.
+        author_mamba_state_dim: State size.
+        author_mamba_mimo_rank: Rank of the multi-input multi-output form; 1 is SISO.
+        author_mamba_chunk_size: Tokens per chunk of the scan.
         dsa_a_ranks: A-ranks whose attention is sparse.
+        mtp_pattern: Layers of one multi-token prediction depth.
         ngram_hash: Hashed n-gram memory on the input side.
+        ngram_orders: Lengths of the n-grams; with the three after it, the memory's shape.
+        ngram_heads_per_order: Independent hashes per order.
+        ngram_table_size: Rows per table, about.
+        ngram_dim: Width of one table row.
         structure: Code-structure channels on the input side: None, `core` or `all`.
+        structure_bottleneck: Width of the structure table before its up-projection.
         reset_state: M and R layers start anew at each document of a packed row.
         reset_attention_mask: Attention stays within each document of a packed row.
         seed: Seed of the initial weights; pipeline and tensor ranks draw apart from it.
@@ -96,6 +109,7 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
     """
 
     hybrid_override_pattern: str = FULL_NAM56R_PATTERN
+    is_hybrid_model: bool = True  # scales the initial weights by the layers, not twice them
     num_layers: int = 52
     hidden_size: int = 3584
     ffn_hidden_size: int = 18_944
@@ -109,9 +123,12 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
     kv_lora_rank: int = 64
     qk_head_dim: int = 64
     v_head_dim: int = 64
-    qk_layernorm: bool = True
+    qk_layernorm: bool = False
     rope_type: str = "rope"
     apply_rope_fusion: bool = False
+    # NeMo names FlashAttention; Megatron lets Transformer Engine choose, as this does.
+    attention_backend: AttnBackend = AttnBackend.auto
+    experts: bool = True
     num_moe_experts: Optional[int] = 16
     moe_router_topk: int = 4
     moe_ffn_hidden_size: Optional[int] = 896
@@ -131,10 +148,21 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
     m2rnn_value_dim: int = 16
     m2rnn_conv_width: int = 4
     m2rnn_state_gradient_clip: float = 1.0
+    author_mamba_num_heads: int = 112
+    author_mamba_head_dim: int = 64
+    author_mamba_state_dim: int = 128
+    author_mamba_mimo_rank: int = 4
+    author_mamba_chunk_size: int = 16
     dsa_a_ranks: tuple[int, ...] = ()
+    mtp_pattern: str = "AE"
     ngram_hash: bool = False
+    ngram_orders: tuple[int, ...] = (2, 3)
+    ngram_heads_per_order: int = 8
+    ngram_table_size: int = 500_000
+    ngram_dim: int = 16
     structure: Optional[str] = None
-    reset_state: bool = True
+    structure_bottleneck: int = 64
+    reset_state: bool = False
     reset_attention_mask: bool = False
     seed: int = 1234
     required_packages: tuple[str, ...] = ()
@@ -143,8 +171,10 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
     data_step_fn: Callable = hybrid_data_step
 
     def __post_init__(self) -> None:
-        self.dsa_a_ranks = tuple(self.dsa_a_ranks)
+        self.dsa_a_ranks, self.ngram_orders = tuple(self.dsa_a_ranks), tuple(self.ngram_orders)
         self.required_packages = tuple(self.required_packages)
+        if not self.experts:
+            self.num_moe_experts = None
         self._check()
         if not self.num_moe_experts:
             # Megatron accepts no expert width where there are no experts.
@@ -169,12 +199,13 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
         # with stage boundaries has no stages to fit.
         if self.pipeline_model_parallel_size > 1 or not self.layers.is_segmented:
             check_layout(self.layers, model, features, parallelism_of(self))
-        if BlockFamily.EXPERTS in self.layers.layers and not self.num_moe_experts:
+        wanted = self.experts and BlockFamily.EXPERTS in self.layers.layers
+        if wanted and not self.num_moe_experts:
             raise RecipeError(
                 "The pattern has expert layers, but the model has no experts",
                 given=f"pattern {self.hybrid_override_pattern}, "
                 f"num_moe_experts={self.num_moe_experts}",
-                allowed="a number of experts, or a pattern without E",
+                allowed="a number of experts, dense MLPs (experts=False), or a pattern without E",
                 hint="num_moe_experts=16",
             )
         refuse_settings(self)

@@ -47,17 +47,11 @@ def shape_of(config: Any) -> tuple[ModelShape, Features]:
             conv_width=config.mamba_conv_width,
             chunk_size=config.mamba_chunk_size,
         ),
-        recurrent=RecurrentShape(
-            num_heads=config.m2rnn_num_heads,
-            num_qk_heads=config.m2rnn_num_qk_heads,
-            key_dim=config.m2rnn_key_dim,
-            value_dim=config.m2rnn_value_dim,
-            conv_width=config.m2rnn_conv_width,
-            state_gradient_clip=config.m2rnn_state_gradient_clip,
-        ),
+        recurrent=recurrent_shape_of(config),
     )
     features = Features(
         latent_attention=config.multi_latent_attention,
+        experts=config.experts,
         sparse_attention=bool(config.dsa_a_ranks),
         mamba=config.mamba_lane,
         ngram_hash=config.ngram_hash,
@@ -95,6 +89,22 @@ def parallelism_of(config: Any, *, world_size: int | None = None) -> Parallelism
     )
 
 
+def recurrent_shape_of(config: Any) -> RecurrentShape:
+    """Return the shape of a hybrid configuration's R layers.
+
+    Raises:
+        RecipeError: If a size is not usable.
+    """
+    return RecurrentShape(
+        num_heads=config.m2rnn_num_heads,
+        num_qk_heads=config.m2rnn_num_qk_heads,
+        key_dim=config.m2rnn_key_dim,
+        value_dim=config.m2rnn_value_dim,
+        conv_width=config.m2rnn_conv_width,
+        state_gradient_clip=config.m2rnn_state_gradient_clip,
+    )
+
+
 def _fewest_processes(config: Any) -> int:
     tensor = config.tensor_model_parallel_size
     experts = config.expert_model_parallel_size * (config.expert_tensor_parallel_size or tensor)
@@ -111,6 +121,7 @@ def _latent(config: Any) -> LatentShape:
         qk_head_dim=config.qk_head_dim,
         qk_pos_emb_head_dim=config.qk_pos_emb_head_dim,
         v_head_dim=config.v_head_dim,
+        layernorm=config.qk_layernorm,
     )
 
 

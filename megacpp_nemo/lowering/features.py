@@ -1,0 +1,99 @@
+"""The feature placement receipt: where each feature attaches, and whose it is."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from megacpp_nemo.lowering.plan import NATIVE, Plan
+from megacpp_nemo.lowering.roles import Role
+from megacpp_nemo.lowering.seams import SEAMS
+
+
+class Status(str, enum.Enum):
+    """Whose a feature is. An experimental one is a seam that nothing here builds yet."""
+
+    NATIVE = "native"
+    SEAM = "seam"
+    EXPERIMENTAL = "experimental"
+    OFF = "off"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feature:
+    """One feature of a model on a release.
+
+    Args:
+        name: The feature.
+        status: Whose it is.
+        place: Where it attaches: layers, A-ranks, ranks or a stage.
+        seam: Id of its seam; empty if it is native or off.
+    """
+
+    name: str
+    status: Status
+    place: str
+    seam: str = ""
+
+
+# Callbacks have no flag in any release, and no recipe field yet.
+CALLBACKS = ("FIRE", "DASH", "ReDo", "STP")
+MAMBA = (Role.MAMBA, Role.AUTHOR_MAMBA)
+
+
+def placement(plan: Plan) -> tuple[Feature, ...]:
+    """Return every feature, those that are off included."""
+    recipe = plan.recipe
+    tensor = recipe.parallelism.tensor_model_parallel_size
+    embedding = "embedding, first stage" + (f", {tensor} tensor ranks" if tensor > 1 else "")
+    depth = recipe.model.mtp.num_layers
+    return (
+        _of_layers(plan, "MLA", Role.LATENT_ATTENTION),
+        _of_layers(plan, "DSA", Role.SPARSE_ATTENTION),
+        _of_layers(plan, "MoE", Role.EXPERTS),
+        _of_layers(plan, "Mamba path", *MAMBA),
+        _of_layers(plan, "M2RNN", Role.RECURRENT),
+        _of_seam(
+            "MTP",
+            depth > 0,
+            f"{depth} after the last layer, last stage",
+            "" if plan.native_mtp else "mtp",
+        ),
+        _of_seam("n-gram hash", recipe.features.ngram_hash, embedding, "ngram-hash"),
+        _of_seam("structure", bool(recipe.features.structure), embedding, "structure"),
+        *(Feature(name=name, status=Status.OFF, place="") for name in CALLBACKS),
+    )
+
+
+def _of_layers(plan: Plan, name: str, *roles: Role) -> Feature:
+    own = [layer for layer in plan.layers if layer.role in roles]
+    if not own:
+        return Feature(name=name, status=Status.OFF, place="")
+    place = f"layers {ranges(layer.number for layer in own)}"
+    if name == "DSA":
+        ranks = {number: rank for rank, number in plan.recipe.layers.a_ranks().items()}
+        chosen = [ranks[layer.number] for layer in own if layer.number in ranks]
+        place += f"; A-ranks {ranges(chosen)}" if chosen else ""
+    owners = {layer.owner for layer in own} - {NATIVE}
+    return _of_seam(name, True, place, min(owners, default=""))
+
+
+def _of_seam(name: str, on: bool, place: str, seam: str) -> Feature:
+    if not on:
+        return Feature(name=name, status=Status.OFF, place="")
+    if not seam:
+        return Feature(name=name, status=Status.NATIVE, place=place)
+    status = Status.SEAM if SEAMS[seam].built else Status.EXPERIMENTAL
+    return Feature(name=name, status=status, place=place, seam=seam)
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Return numbers as text, runs joined: `1, 3-5, 9`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,0 +1,190 @@
+"""The seams: everything in a recipe that Megatron does not own, by name.
+
+A seam says which layers it covers, who owns them here, why they are custom, since which
+release Megatron has them itself, and what would have to hold for the seam to go. `SEAMS` is
+the whole list; a lowering picks those a recipe needs on a release (`Plan.seams`).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from megacpp_nemo.contract.pattern import FULL_NAM52_PATTERN
+
+
+class Kind(str, enum.Enum):
+    """Where a seam attaches."""
+
+    LAYER = "layer"
+    STACK = "stack"
+    HEAD = "head"
+    INPUT = "input"
+    CALLBACK = "callback"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seam:
+    """One thing that is ours, or that nobody builds yet.
+
+    Args:
+        id: Name, as reports and errors use it.
+        kind: Where it attaches.
+        what: What it is, in words.
+        owner: Module or class of this package that builds it, or refuses to.
+        built: Whether the owner builds it today. What is not built is carried by name only:
+            the spec, like the NeMo recipe, refuses to start with it.
+        reason: Why Megatron does not own it.
+        native_since: First release that has it, or None.
+        graduates: What would have to hold for the seam to go.
+        evidence: Where it is shown.
+        off: What turns it off in a recipe.
+        layers: 1-based numbers of the layers it covers.
+        slot: Symbol of the release on whose slot its layers ride; empty if it has none.
+    """
+
+    id: str
+    kind: Kind
+    what: str
+    owner: str
+    built: bool
+    reason: str
+    native_since: str | None
+    graduates: str
+    evidence: str
+    off: str
+    layers: tuple[int, ...] = ()
+    slot: str = ""
+
+    def at(self, layers: Iterable[int] = (), slot: str = "") -> Seam:
+        """Return the seam as it stands in one model."""
+        return replace(self, layers=tuple(layers), slot=slot)
+
+
+REFUSES = "megacpp_nemo.spec"
+
+_ALL = (
+    Seam(
+        id="mla",
+        kind=Kind.LAYER,
+        what="multi-latent attention",
+        owner="megacpp_nemo.model.attention.LatentAttention",
+        built=True,
+        reason="the stock spec builds plain attention for *, whatever the MLA flags say",
+        native_since="0.19",
+        graduates="a symbol of the release that builds multi-latent attention",
+        evidence="tests/spec, tests/model/test_specs.py",
+        off="features.latent_attention=false",
+    ),
+    Seam(
+        id="dsa",
+        kind=Kind.LAYER,
+        what="sparse attention (DSA)",
+        owner=REFUSES,
+        built=False,
+        reason="no symbol of the release builds it; its flags are read by no hybrid layer",
+        native_since="0.18",
+        graduates="a symbol of the release that builds DSA",
+        evidence="none yet",
+        off="features.sparse_attention=false",
+    ),
+    Seam(
+        id="mamba-kernel-shape",
+        kind=Kind.LAYER,
+        what="Megatron's Mamba mixer with another convolution width or chunk size",
+        owner="megacpp_nemo.spec",
+        built=True,
+        reason="the stock spec fixes 4 taps and chunks of 128, and no flag changes them",
+        native_since=None,
+        graduates="flags for the mixer's d_conv and chunk_size",
+        evidence="tests/spec",
+        off="model.mamba.conv_width=4, model.mamba.chunk_size=128",
+    ),
+    Seam(
+        id="author-mamba",
+        kind=Kind.LAYER,
+        what="the authored Mamba-3 mixer",
+        owner=REFUSES,
+        built=False,
+        reason="Megatron's M is Mamba-2",
+        native_since=None,
+        graduates="a Mamba-3 mixer in Megatron",
+        evidence="none yet",
+        off="features.mamba=native",
+    ),
+    Seam(
+        id="m2rnn",
+        kind=Kind.LAYER,
+        what="M2RNN, the recurrent matrix-state block",
+        owner="megacpp_nemo.model.recurrent.RecurrentMixer",
+        built=True,
+        reason="no release has a symbol for it",
+        native_since=None,
+        graduates="a recurrent matrix-state mixer and a symbol for it in Megatron",
+        evidence="tests/spec, tests/model/test_recurrent.py",
+        off=f"pattern={FULL_NAM52_PATTERN}",
+    ),
+    Seam(
+        id="fp8-experts",
+        kind=Kind.STACK,
+        what="FP8 in expert layers only",
+        owner="megacpp_nemo.spec",
+        built=True,
+        reason="Megatron's stack enters FP8 for every layer",
+        native_since=None,
+        graduates="a choice of the layers that enter FP8, by family",
+        evidence="tests/spec",
+        off="precision=bf16",
+    ),
+    Seam(
+        id="mtp",
+        kind=Kind.HEAD,
+        what="multi-token prediction",
+        owner=REFUSES,
+        built=False,
+        reason="--mtp-num-layers is accepted, and a hybrid model builds nothing for it",
+        native_since="0.17",
+        graduates="a release whose hybrid pattern takes / suffixes",
+        evidence="none yet",
+        off="model.mtp.num_layers=0",
+    ),
+    Seam(
+        id="ngram-hash",
+        kind=Kind.INPUT,
+        what="the hashed n-gram memory",
+        owner=REFUSES,
+        built=False,
+        reason="Megatron's embedding takes tokens and positions only",
+        native_since=None,
+        graduates="an embedding spec in Megatron's hybrid model",
+        evidence="none yet",
+        off="features.ngram_hash=false",
+    ),
+    Seam(
+        id="structure",
+        kind=Kind.INPUT,
+        what="the code-structure channels",
+        owner=REFUSES,
+        built=False,
+        reason="Megatron's data and embedding know no such channels",
+        native_since=None,
+        graduates="extra input channels in Megatron's data and hybrid model",
+        evidence="none yet",
+        off="features.structure=null",
+    ),
+    Seam(
+        id="documents",
+        kind=Kind.STACK,
+        what="a zero state at each document of a packed row",
+        owner=REFUSES,
+        built=False,
+        reason="Megatron's pretraining hands its layers no document boundaries",
+        native_since=None,
+        graduates="boundaries that reach every layer: 0.19.0 has "
+        "--dataloader-inter-document-masking, which M2RNN cannot read yet",
+        evidence="none yet; the NeMo recipe does it",
+        off="features.reset_state=false",
+    ),
+)
+SEAMS: dict[str, Seam] = {seam.id: seam for seam in _ALL}
