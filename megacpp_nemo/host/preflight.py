@@ -118,6 +118,12 @@ def _unbuilt(config: Any) -> list[tuple[str, str, str] | None]:
             "precision='bf16', or install transformer-engine",
         ),
         _when(
+            config.fp8 and not config.experts,
+            "FP8 in expert layers, of which the model has none",
+            f"fp8={config.fp8!r}, experts=False",
+            "precision='bf16'",
+        ),
+        _when(
             config.reset_attention_mask and engine,
             "attention within documents on Transformer Engine's attention",
             "reset_attention_mask=True",

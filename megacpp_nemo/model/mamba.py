@@ -55,6 +55,7 @@ class PortableMambaMixer(MambaMixer):
         layer_number: 1-based layer number.
         pg_collection: Megatron's process groups.
         pp_layer_offset: Layers on earlier pipeline stages; unused here.
+        name: Taken for later releases' call.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class PortableMambaMixer(MambaMixer):
         layer_number: int | None = None,
         pg_collection: Any = None,
         pp_layer_offset: int = 0,
+        name: str | None = None,
     ) -> None:
         # Upstream's constructor insists on its kernels, so only its ancestors' is called.
         MegatronModule.__init__(self, config)
@@ -111,6 +113,14 @@ class PortableMambaMixer(MambaMixer):
             self.A_log = nn.Parameter(torch.log(decay))
         self.D = nn.Parameter(torch.ones(heads, device=device))
         split_over_tensor_ranks(self.dt_bias, self.A_log, self.D)
+
+    def train(self, mode: bool = True) -> PortableMambaMixer:
+        """Switch between training and evaluation.
+
+        Later releases refresh a cache for step-by-step generation here; this mixer has none.
+        """
+        nn.Module.train(self, mode)
+        return self
 
     def forward(
         self,

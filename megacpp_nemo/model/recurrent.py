@@ -26,6 +26,7 @@ from megatron.core.transformer.utils import (
 )
 from torch import Tensor, nn
 
+from megacpp_nemo.contract.shapes import RecurrentShape
 from megacpp_nemo.model.documents import document_ids_of
 from megacpp_nemo.model.initial import (
     depthwise_conv,
@@ -56,12 +57,14 @@ class RecurrentMixer(MegatronModule):
     because every rank's heads read it.
 
     Args:
-        config: Megatron configuration with the `m2rnn_*` sizes.
+        config: Megatron configuration.
         submodules: Input and output projections.
         d_model: Width of the residual stream.
+        shape: Heads and widths.
         layer_number: 1-based layer number.
         pg_collection: Megatron's process groups.
         pp_layer_offset: Layers on earlier pipeline stages; unused here.
+        name: Taken for later releases' call.
     """
 
     def __init__(
@@ -69,14 +72,17 @@ class RecurrentMixer(MegatronModule):
         config: Any,
         submodules: RecurrentMixerSubmodules,
         d_model: int,
+        shape: RecurrentShape,
         layer_number: int | None = None,
         pg_collection: Any = None,
         pp_layer_offset: int = 0,
+        name: str | None = None,
     ) -> None:
         super().__init__(config)
+        self.shape = shape
         self.layer_number, self.tp_group = layer_number, pg_collection.tp
         self._set_sizes(self.tp_group.size())
-        ranks, values = self.tp_group.size(), config.m2rnn_num_heads * config.m2rnn_value_dim
+        ranks, values = self.tp_group.size(), shape.num_heads * shape.value_dim
         inner = sum(self.part_sizes) * ranks
         self.in_proj = in_projection(submodules.in_proj, config, d_model, inner, self.tp_group)
         self._make_state_parameters()
@@ -84,12 +90,12 @@ class RecurrentMixer(MegatronModule):
         self.out_proj = out_projection(submodules.out_proj, config, values, d_model, self.tp_group)
 
     def _set_sizes(self, ranks: int) -> None:
-        config = self.config
-        self.key_dim, self.value_dim = config.m2rnn_key_dim, config.m2rnn_value_dim
-        self.num_heads = config.m2rnn_num_heads // ranks
+        shape = self.shape
+        self.key_dim, self.value_dim = shape.key_dim, shape.value_dim
+        self.num_heads = shape.num_heads // ranks
         self.value_size = self.num_heads * self.value_dim
-        self.qk_size = config.m2rnn_num_qk_heads * self.key_dim // ranks
-        self.gather_qk = config.m2rnn_num_qk_heads < ranks
+        self.qk_size = shape.num_qk_heads * self.key_dim // ranks
+        self.gather_qk = shape.num_qk_heads < ranks
         self.part_names = ["q", "k", "v", "g", "f"]
         self.part_sizes = [
             self.qk_size,
@@ -105,7 +111,7 @@ class RecurrentMixer(MegatronModule):
         dtype = config.params_dtype
         with get_cuda_rng_tracker().fork():
             channels = 2 * self.qk_size + self.value_size
-            self.conv1d = depthwise_conv(channels, config.m2rnn_conv_width, dtype)
+            self.conv1d = depthwise_conv(channels, self.shape.conv_width, dtype)
             self.dt_bias = nn.Parameter(inverse_softplus_steps(heads, dtype))
             decay = torch.empty(heads, dtype=torch.float32, device=device).uniform_(0, 16)
             # The open end of the interval is drawn once in 2^24: keep its logarithm finite.
@@ -141,7 +147,7 @@ class RecurrentMixer(MegatronModule):
             forget_gate(forget, self.A_log, self.dt_bias),
             self.transition,
             document_ids=documents,
-            state_gradient_clip=self.config.m2rnn_state_gradient_clip,
+            state_gradient_clip=self.shape.state_gradient_clip,
         )
         y = y + values * self.D.to(values.dtype).unsqueeze(-1)
         mixed = self.norm(y.flatten(-2), gate)
@@ -158,7 +164,7 @@ class RecurrentMixer(MegatronModule):
         """Return the shapes of the convolution and recurrent state of one sequence."""
         channels = 2 * self.qk_size + self.value_size
         return (
-            (channels, self.config.m2rnn_conv_width),
+            (channels, self.shape.conv_width),
             (self.num_heads, self.key_dim, self.value_dim),
         )
 

@@ -6,7 +6,6 @@ module stands at which depth, and that only expert layers run in FP8.
 
 from __future__ import annotations
 
-import copy
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +16,12 @@ from megatron.core.ssm.mamba_hybrid_layer_allocation import Symbols
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from megatron.core.transformer.transformer_layer import (
-    MoETransformerLayer,
-    get_transformer_layer_offset,
-)
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import nn
 
 from megacpp_nemo.contract.errors import RuntimeRefusal
 from megacpp_nemo.contract.pattern import BlockFamily, LayerPattern
+from megacpp_nemo.model.experts import without_fp8
 
 # Families that Megatron's own bookkeeping of a stack knows, by its symbols.
 _UPSTREAM_SYMBOLS = {
@@ -45,17 +42,6 @@ class HybridStackSubmodules(MambaStackSubmodules):
 
     recurrent_layer: ModuleSpec | type = IdentityOp
     final_norm: ModuleSpec | type = IdentityOp
-
-
-class ExpertsLayer(MoETransformerLayer):
-    """Megatron's expert layer, entering FP8 by itself where the configuration asks for it."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the layer, inside an FP8 context if the configuration has one."""
-        fp8 = self.config.fp8
-        context = get_fp8_context(self.config, self.layer_number - 1) if fp8 else nullcontext()
-        with context:
-            return super().forward(*args, **kwargs)
 
 
 class HybridStack(MambaStack):
@@ -98,7 +84,7 @@ class HybridStack(MambaStack):
     ) -> None:
         # Upstream's constructor knows only its own letters and norm; its ancestors' is called,
         # with a configuration in which the stack itself does not enter FP8.
-        MegatronModule.__init__(self, config=_without_fp8(config))
+        MegatronModule.__init__(self, config=without_fp8(config))
         self.residual_in_fp32 = residual_in_fp32
         self.pre_process, self.post_process = pre_process, post_process
         self.post_layer_norm = post_layer_norm
@@ -108,7 +94,10 @@ class HybridStack(MambaStack):
         self.hybrid_override_pattern = hybrid_override_pattern
         layers = LayerPattern.parse(hybrid_override_pattern or "").tile(config.num_layers)
         first, families = self._stage(layers)
-        self.layer_type_list = [_UPSTREAM_SYMBOLS.get(f, f.letter) for f in families]
+        symbols = {**_UPSTREAM_SYMBOLS}
+        if _is_dense(submodules):
+            symbols[BlockFamily.EXPERTS] = Symbols.MLP
+        self.layer_type_list = [symbols.get(f, f.letter) for f in families]
         self.layers = nn.ModuleList(
             self._layer(submodules, family, first + i + 1, first, config, pg_collection)
             for i, family in enumerate(families)
@@ -164,10 +153,17 @@ class HybridStack(MambaStack):
             return build_module(_spec_of(submodules, family), **arguments)
 
 
+def _is_dense(submodules: HybridStackSubmodules) -> bool:
+    """Whether E layers are dense MLPs."""
+    return submodules.moe_layer is IdentityOp
+
+
 def _spec_of(submodules: HybridStackSubmodules, family: BlockFamily) -> ModuleSpec | type:
     specs = {
         BlockFamily.ATTENTION: submodules.attention_layer,
-        BlockFamily.EXPERTS: submodules.moe_layer,
+        BlockFamily.EXPERTS: (
+            submodules.mlp_layer if _is_dense(submodules) else submodules.moe_layer
+        ),
         BlockFamily.MAMBA: submodules.mamba_layer,
         BlockFamily.RECURRENT: submodules.recurrent_layer,
     }
@@ -180,12 +176,3 @@ def _spec_of(submodules: HybridStackSubmodules, family: BlockFamily) -> ModuleSp
             hint="a pattern of these letters",
         )
     return spec
-
-
-def _without_fp8(config: Any) -> Any:
-    """Return the configuration with FP8 off; the same object if it is off already."""
-    if not config.fp8:
-        return config
-    plain = copy.copy(config)
-    plain.fp8 = None
-    return plain

@@ -62,6 +62,7 @@ def small_config(pattern: str = "AEMR", **changes: Any) -> HybridConfig:
         "m2rnn_key_dim": 6,
         "m2rnn_value_dim": 4,
         "seq_length": 16,
+        "reset_state": True,
         "params_dtype": torch.float32,
         "pipeline_dtype": torch.float32,
         "bf16": False,
@@ -82,6 +83,7 @@ def megatron(**sizes: int) -> Iterator[None]:
     A process of `tests.support.processes` finds its peers over gloo; any other stands alone.
     """
     threads, alone = torch.get_num_threads(), "RANK" not in os.environ
+    environment = dict(os.environ)
     if alone:
         # Groups with threads of their own must not be left to a process forked later, which
         # would wait for ever to destroy them; and Megatron keeps some in its own modules.
@@ -104,6 +106,9 @@ def megatron(**sizes: int) -> Iterator[None]:
         torch.distributed.destroy_process_group()
         RUNTIME.uninstall()
         torch.set_num_threads(threads)
+        # A model writes its attention kernels there, and another kind of model refuses them.
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 def build_model(config: HybridConfig, *, shake: bool = True) -> nn.Module:

@@ -12,6 +12,7 @@ import torch
 from megacpp_nemo.contract import recipe
 from megacpp_nemo.contract.errors import MegaCppError, PatternError, RecipeError, RuntimeRefusal
 from megacpp_nemo.contract.shapes import SparseAttentionShape
+from megacpp_nemo.host.preflight import refuse_unbuilt
 from megacpp_nemo.model import config as config_module
 from megacpp_nemo.model.config import HybridConfig, HybridModel, hybrid_data_step
 from megacpp_nemo.model.shape import parallelism_of, shape_of
@@ -160,6 +161,21 @@ def test_latent_attention_has_keys_for_every_head():
     assert small_config(num_query_groups=2).num_query_groups == 4
     plain = small_config(num_query_groups=2, multi_latent_attention=False)
     assert plain.num_query_groups == 2
+
+
+def test_dense_mlps_need_no_experts_and_have_none():
+    config = small_config("AEMR", experts=False)
+    assert config.num_moe_experts is None
+    assert config.moe_ffn_hidden_size is None
+    _, features = shape_of(config)
+    assert not features.experts
+
+
+def test_fp8_without_experts_to_run_in_it_is_refused():
+    config = small_config("AEMR", experts=False)
+    config.fp8 = "hybrid"
+    with pytest.raises(RuntimeRefusal, match="FP8 in expert layers"):
+        refuse_unbuilt(config)
 
 
 def test_a_model_without_experts_has_no_expert_width():

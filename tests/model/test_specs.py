@@ -11,17 +11,19 @@ import torch
 from megatron.core.extensions import transformer_engine_spec_provider as engine_provider
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megacpp_nemo.contract.errors import RecipeError, RuntimeRefusal
 from megacpp_nemo.host import compat
 from megacpp_nemo.model.attention import GroupedAttention, LatentAttention, LatentDotProduct
+from megacpp_nemo.model.experts import ExpertsLayer
 from megacpp_nemo.model.mamba import FusedMambaMixer, PortableMambaMixer
 from megacpp_nemo.model.norms import LocalRMSNorm
 from megacpp_nemo.model.recurrent import RecurrentMixer
 from megacpp_nemo.model.specs import Backend, hybrid_stack_spec
-from megacpp_nemo.model.stack import ExpertsLayer, HybridStack
+from megacpp_nemo.model.stack import HybridStack
 from tests.model.building import small_config
 
 KERNELS = ("mamba_ssm", "causal_conv1d")
@@ -139,7 +141,7 @@ def layers(backend: Backend, **changes: Any) -> Any:
 
 
 def test_the_local_spec_has_norms_of_its_own_under_the_fused_names():
-    chosen, local = layers(LOCAL), LocalSpecProvider()
+    chosen, local = layers(LOCAL, qk_layernorm=True), LocalSpecProvider()
     attention = chosen.attention_layer.submodules
     inner = attention.self_attention.submodules
     assert attention.self_attention.module is LatentAttention
@@ -161,7 +163,7 @@ def test_the_local_spec_has_norms_of_its_own_under_the_fused_names():
 
 @pytest.mark.usefixtures("with_engine")
 def test_the_engines_spec_has_fused_norms_and_needs_no_other_names():
-    chosen, engine = layers(ENGINE), TESpecProvider()
+    chosen, engine = layers(ENGINE, qk_layernorm=True), TESpecProvider()
     fused = engine.column_parallel_layer_norm_linear()
     attention = chosen.attention_layer.submodules
     inner = attention.self_attention.submodules
@@ -186,9 +188,9 @@ def test_the_engines_spec_has_fused_norms_and_needs_no_other_names():
 
 
 @pytest.mark.usefixtures("with_engine")
-def test_latent_norms_turned_off_leave_plain_projections():
+def test_without_latent_norms_the_projections_are_plain():
     for backend, provider in ((LOCAL, LocalSpecProvider()), (ENGINE, TESpecProvider())):
-        inner = layers(backend, qk_layernorm=False).attention_layer.submodules.self_attention
+        inner = layers(backend).attention_layer.submodules.self_attention
         assert inner.submodules.linear_q_up_proj is provider.column_parallel_linear()
         assert inner.submodules.q_layernorm is inner.submodules.kv_layernorm is IdentityOp
 
@@ -214,6 +216,26 @@ def test_plain_attention_has_its_norm_in_the_projection_with_the_engine_only():
 def test_sizes_of_the_mamba_mixer_come_from_the_configuration():
     mixer = layers(LOCAL, mamba_chunk_size=32, mamba_conv_width=3).mamba_layer.submodules.mixer
     assert mixer.params == {"chunk_size": 32, "d_conv": 3}
+
+
+@pytest.mark.usefixtures("with_engine")
+def test_dense_mlps_have_their_norm_in_the_projection_with_the_engine_only():
+    local = layers(LOCAL, experts=False).mlp_layer
+    engine = layers(ENGINE, experts=False).mlp_layer
+    assert local.module is engine.module is MLPLayer
+    assert local.submodules.pre_mlp_layernorm is LocalRMSNorm
+    assert local.submodules.sharded_state_dict_keys_map == {
+        "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"
+    }
+    assert engine.submodules.pre_mlp_layernorm is IdentityOp
+    assert engine.submodules.sharded_state_dict_keys_map == {}
+    fused = TESpecProvider().column_parallel_layer_norm_linear()
+    assert engine.submodules.mlp.submodules.linear_fc1 is fused
+
+
+def test_a_model_has_dense_mlps_or_experts_but_not_both():
+    assert layers(LOCAL).mlp_layer is IdentityOp
+    assert layers(LOCAL, experts=False).moe_layer is IdentityOp
 
 
 def test_a_model_without_experts_has_no_expert_layer():

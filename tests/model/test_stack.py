@@ -10,14 +10,16 @@ import torch
 from megatron.core.ssm import mamba_block
 from megatron.core.ssm.mamba_hybrid_layer_allocation import Symbols
 from megatron.core.ssm.mamba_layer import MambaLayer
+from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayer
 
 from megacpp_nemo.contract.errors import PatternError, RuntimeRefusal
 from megacpp_nemo.host import compat
-from megacpp_nemo.model import stack
+from megacpp_nemo.model import experts, stack
 from megacpp_nemo.model.attention import GroupedAttention, LatentAttention
 from megacpp_nemo.model.mamba import PortableMambaMixer
 from megacpp_nemo.model.norms import LocalRMSNorm
@@ -52,14 +54,14 @@ class Stages:
 
 def test_each_family_is_built_from_its_own_classes():
     layers = build_stack(small_config(), "AEMR").layers
-    attention, experts, mamba, recurrent = layers
+    attention, expert, mamba, recurrent = layers
     assert type(attention) is TransformerLayer
     assert type(attention.self_attention) is LatentAttention
     assert isinstance(attention.mlp, IdentityOp)
-    assert type(experts) is stack.ExpertsLayer
-    assert isinstance(experts, MoETransformerLayer)
-    assert type(experts.mlp) is MoELayer
-    assert isinstance(experts.self_attention, IdentityOp)
+    assert type(expert) is experts.ExpertsLayer
+    assert isinstance(expert, MoETransformerLayer)
+    assert type(expert.mlp) is MoELayer
+    assert isinstance(expert.self_attention, IdentityOp)
     assert type(mamba) is type(recurrent) is MambaLayer
     assert type(mamba.mixer) is PortableMambaMixer
     assert type(recurrent.mixer) is RecurrentMixer
@@ -70,14 +72,27 @@ def test_plain_attention_is_built_where_latent_attention_is_off():
     assert type(layer.self_attention) is GroupedAttention
 
 
+def test_e_layers_are_dense_mlps_where_experts_are_off():
+    config = small_config("AEMR", experts=False)
+    model = build_model(config)
+    layer = model.decoder.layers[1]
+    assert type(layer) is MLPLayer
+    assert type(layer.mlp) is MLP
+    assert layer.mlp.linear_fc1.weight.shape == (config.ffn_hidden_size, config.hidden_size)
+    assert type(layer.pre_mlp_layernorm) is LocalRMSNorm
+    assert model.decoder.layer_type_list[1] == Symbols.MLP
+    run_model(model, random_tokens(1, 16)).sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
 def test_every_layer_starts_with_a_norm_and_the_stack_ends_with_one():
-    model = build_stack(small_config(), "AEMR")
-    attention, experts, mamba, recurrent = model.layers
+    model = build_stack(small_config(qk_layernorm=True), "AEMR")
+    attention, expert, mamba, recurrent = model.layers
     norms = [
         attention.input_layernorm,
         attention.self_attention.q_layernorm,
         attention.self_attention.kv_layernorm,
-        experts.pre_mlp_layernorm,
+        expert.pre_mlp_layernorm,
         mamba.norm,
         recurrent.norm,
         model.final_norm,
@@ -85,8 +100,8 @@ def test_every_layer_starts_with_a_norm_and_the_stack_ends_with_one():
     assert all(type(norm) is LocalRMSNorm for norm in norms)
 
 
-def test_latent_norms_can_be_turned_off():
-    (layer,) = build_stack(small_config("A", qk_layernorm=False), "A").layers
+def test_latents_have_no_norms_unless_asked_for_as_in_megatrons_hybrids():
+    (layer,) = build_stack(small_config("A"), "A").layers
     assert isinstance(layer.self_attention.q_layernorm, IdentityOp)
     assert isinstance(layer.self_attention.kv_layernorm, IdentityOp)
 
@@ -117,7 +132,7 @@ def test_layers_of_a_stage_have_their_global_numbers(pattern, rank, numbers):
         inner = getattr(layer, "mixer", None) or layer.self_attention
         if not isinstance(inner, IdentityOp):
             assert inner.layer_number == layer.layer_number
-        if isinstance(layer, stack.ExpertsLayer):
+        if isinstance(layer, experts.ExpertsLayer):
             assert layer.mlp.router.layer_number == layer.layer_number
 
 
@@ -164,6 +179,7 @@ def fp8_contexts(monkeypatch) -> list[tuple[int, bool]]:
     monkeypatch.setattr(compat, "transformer_engine_available", lambda: True)
     monkeypatch.setattr(Backend, "probe", lambda path: local)
     monkeypatch.setattr(stack, "get_fp8_context", enter)
+    monkeypatch.setattr(experts, "get_fp8_context", enter)
     monkeypatch.setattr(mamba_block, "get_fp8_context", enter)
     # An expert's padding for FP8 is Transformer Engine's.
     monkeypatch.setattr(
@@ -188,9 +204,9 @@ def test_every_other_layer_has_a_configuration_without_fp8(fp8_contexts):
     config = small_config("AEMR")
     config.fp8 = "hybrid"
     model = build_model(config).decoder
-    attention, experts, mamba, recurrent = model.layers
-    assert experts.config is config
-    assert experts.mlp.config.fp8 == "hybrid"
+    attention, expert, mamba, recurrent = model.layers
+    assert expert.config is config
+    assert expert.mlp.config.fp8 == "hybrid"
     for module in (model, attention, attention.self_attention, mamba.mixer, recurrent.mixer):
         assert module.config.fp8 is None
     assert config.fp8 == "hybrid"
@@ -201,6 +217,7 @@ def test_without_fp8_all_layers_share_the_configuration_and_enter_no_context(mon
         raise AssertionError("an FP8 context was entered")
 
     monkeypatch.setattr(stack, "get_fp8_context", refuse)
+    monkeypatch.setattr(experts, "get_fp8_context", refuse)
     config = small_config("AEMR")
     model = build_model(config)
     assert all(layer.config is config for layer in model.decoder.layers)

@@ -1,0 +1,154 @@
+"""What the name of a spec may not ask for: settings nobody reads, and what is not built.
+
+Every reason is collected, so that one message names all there is to change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+from megacpp_nemo.contract.errors import RuntimeRefusal
+from megacpp_nemo.contract.shapes import RecurrentShape
+from megacpp_nemo.contract.training import Precision
+from megacpp_nemo.lowering.roles import Role
+from megacpp_nemo.lowering.spec_name import MODEL, SpecName
+from megacpp_nemo.spec.layers import BUILT, CHUNK_SIZE, CONV_WIDTH, RECURRENT
+
+
+class Reason(NamedTuple):
+    """One thing that is refused.
+
+    Args:
+        what: What it is, in words.
+        given: The part of the name that asks for it.
+        off: What turns it off in a recipe.
+    """
+
+    what: str
+    given: str
+    off: str
+
+
+# What the name can carry and nobody builds on Megatron's command line yet: the field that asks
+# for it, the fields that only shape it, what it is, and what turns it off.
+_UNBUILT: tuple[tuple[str, str, str, str], ...] = (
+    (
+        "features.ngram_hash",
+        "model.embedding.ngram.",
+        "the hashed n-gram memory",
+        "features.ngram_hash=false",
+    ),
+    (
+        "features.structure",
+        "model.embedding.structure.",
+        "the code-structure channels",
+        "features.structure=null",
+    ),
+    (
+        "model.mtp.num_layers",
+        "model.mtp.",
+        "multi-token prediction (MTP), which this release builds for no hybrid model",
+        "model.mtp.num_layers=0",
+    ),
+    (
+        "features.reset_state",
+        "features.reset_state",
+        "a zero state at each document of a packed row: Megatron's pretraining hands its layers "
+        "no document boundaries",
+        "features.reset_state=false",
+    ),
+)
+_UNBUILT_ROLES = {
+    Role.SPARSE_ATTENTION: (
+        "sparse attention (DSA) of this package",
+        "model.sparse_attention.",
+        "features.sparse_attention=false",
+    ),
+    Role.AUTHOR_MAMBA: (
+        "the authored Mamba-3 mixer",
+        "model.author_mamba.",
+        "features.mamba=native",
+    ),
+}
+
+
+def refuse_unbuilt(name: SpecName) -> None:
+    """Refuse the name of a spec that asks for what no layer would carry out.
+
+    Raises:
+        RuntimeRefusal: Naming every such thing and what turns it off.
+    """
+    reasons = [*_roles(name), *_features(name), *_settings(name)]
+    if reasons:
+        raise RuntimeRefusal(
+            "The spec asks for what is not built here:\n    "
+            + "\n    ".join(reason.what for reason in reasons),
+            given=", ".join(reason.given for reason in reasons),
+            allowed="layers and settings that a layer of the model carries out",
+            hint=", ".join(dict.fromkeys(reason.off for reason in reasons)),
+        )
+
+
+def _roles(name: SpecName) -> Iterator[Reason]:
+    asked = dict.fromkeys(layer for layer in (*name.layers, *name.mtp) if layer.custom)
+    for layer in asked:
+        if layer.role in BUILT:
+            continue
+        what, _, off = _UNBUILT_ROLES.get(
+            layer.role,
+            (f"{layer.role.words} of this package", "", f"a small {layer.role.value!r}"),
+        )
+        yield Reason(what, f"layers with {layer.letter!r}", off)
+
+
+def _features(name: SpecName) -> Iterator[Reason]:
+    for path, _, what, off in _UNBUILT:
+        if name.settings.get(path):
+            yield Reason(what, _shown(path, name.settings[path]), off)
+
+
+def _settings(name: SpecName) -> Iterator[Reason]:
+    """Yield settings that nobody reads, and settings that a layer lacks."""
+    custom = {layer.role for layer in (*name.layers, *name.mtp) if layer.custom}
+    wanted = dict.fromkeys(_wanted(custom))
+    for path, value in name.settings.items():
+        if path not in wanted and not _explained(path, name, custom) and not _fp8(path, value):
+            yield Reason(
+                f"no layer of the model reads {path}", _shown(path, value), "the name without it"
+            )
+    for path in wanted:
+        if path not in name.settings:
+            short = path.removeprefix(MODEL)
+            yield Reason(
+                f"the layers that need {path} are not told it",
+                f"no {short}",
+                f"{short}=VALUE in the name",
+            )
+
+
+def _wanted(custom: set[Role]) -> Iterator[str]:
+    if Role.RECURRENT in custom:
+        yield from (f"{RECURRENT}{item.name}" for item in fields(RecurrentShape))
+    if Role.MAMBA in custom:
+        yield from (CONV_WIDTH, CHUNK_SIZE)
+
+
+def _explained(path: str, name: SpecName, custom: set[Role]) -> bool:
+    """Whether a setting only shapes what is refused already, or asks for nothing."""
+    shapes = [
+        prefix for asked, prefix, _, _ in _UNBUILT if path == asked or name.settings.get(asked)
+    ]
+    shapes += [prefix for role, (_, prefix, _) in _UNBUILT_ROLES.items() if role in custom]
+    return any(path == prefix or path.startswith(prefix) for prefix in shapes) or (
+        path in {asked for asked, _, _, _ in _UNBUILT}
+    )
+
+
+def _fp8(path: str, value: Any) -> bool:
+    return path == "precision" and value is Precision.FP8_EXPERTS
+
+
+def _shown(path: str, value: Any) -> str:
+    return f"{path.removeprefix(MODEL)}={value}"
