@@ -1,5 +1,6 @@
 # make train   install into .venv and train nam56r_tiny on real C++
 # make test    install into .venv and run lint, format check, type check and tests
+# make docs    write the generated pages and renew the outputs shown in the others
 #
 # PYTHON picks the interpreter, RUN the folder of the run: `make train RUN=runs/mine` resumes
 # that run, or starts it.
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := configs/constraints-cpu.txt
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: train test lint clean
+.PHONY: train test lint docs clean
 
 train: $(VENV)/.installed
 	$(BIN)/nemo llm pretrain --factory "nam56r_tiny(log_dir='$(RUN)')" --yes
@@ -23,8 +24,11 @@ test: $(VENV)/.installed-dev lint
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict megacpp_nemo/contract megacpp_nemo/lowering
+	$(BIN)/mypy --strict megacpp_nemo/contract megacpp_nemo/lowering megacpp_nemo/cli
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/python docs/generate.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

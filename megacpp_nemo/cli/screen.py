@@ -1,0 +1,167 @@
+"""How text is drawn: colour, characters and width, and tables that fit.
+
+Nothing is told by colour alone, and nothing by characters that ASCII lacks.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+CODES = {"bold": "1", "dim": "2", "red": "1;31", "green": "32", "yellow": "1;33"}
+COLORS = ("auto", "always", "never")
+NARROWEST, PAPER = 40, 100
+WORD = 14
+GAP = "  "
+
+
+class Cell(NamedTuple):
+    """Text of a table's cell, and its style of `CODES`."""
+
+    text: str
+    style: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Screen:
+    """Where text is drawn.
+
+    Args:
+        color: Whether in colour.
+        unicode: Whether it takes characters beyond ASCII.
+        width: Columns.
+    """
+
+    color: bool = False
+    unicode: bool = False
+    width: int = PAPER
+
+    def paint(self, text: str, style: str) -> str:
+        """Return text in a style of `CODES`; as it is for no style, or without colour."""
+        return f"\x1b[{CODES[style]}m{text}\x1b[0m" if self.color and style and text else text
+
+    def mark(self, drawn: str, plain: str) -> str:
+        """Return a character, or what stands for it in ASCII."""
+        return drawn if self.unicode else plain
+
+    def heading(self, text: str) -> str:
+        """Return the heading of a part."""
+        return self.paint(text, "bold")
+
+    def wrapped(self, text: str, indent: str = "") -> str:
+        """Return text as lines that fit, all but the first indented."""
+        return f"\n{indent}".join(_wrapped(text, max(self.width - len(indent), NARROWEST // 2)))
+
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[str | Cell]]) -> str:
+        """Return a table that fits the width, long cells on several lines."""
+        cells = [[c if isinstance(c, Cell) else Cell(c) for c in row] for row in rows]
+        widths = self._widths(head, cells)
+        rule = [self.mark("─", "-") * width for width in widths]
+        lines = [
+            *self._lines([Cell(text, "bold") for text in head], widths),
+            GAP.join(self.paint(part, "dim") for part in rule),
+        ]
+        for row in cells:
+            lines += self._lines(row, widths)
+        return "\n".join(lines)
+
+    def _widths(self, head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[int]:
+        columns = [[Cell(name), *cells] for name, *cells in zip(head, *rows, strict=True)]
+        widths = [
+            max(len(line) for c in column for line in c.text.split("\n")) for column in columns
+        ]
+        room = self.width - len(GAP) * (len(head) - 1)
+        # Short words stay whole as long as there is room; where there is none, nothing does.
+        for longest in (WORD, WORD // 2, 1):
+            least = [_longest_word(column, longest) for column in columns]
+            while sum(widths) > room:
+                slack = [width > low for width, low in zip(widths, least, strict=True)]
+                if not any(slack):
+                    break
+                widths[max(range(len(widths)), key=lambda i: (slack[i], widths[i]))] -= 1
+        return widths
+
+    def _lines(self, row: Sequence[Cell], widths: Sequence[int]) -> list[str]:
+        columns = [_wrapped(cell.text, width) for cell, width in zip(row, widths, strict=True)]
+        lines = []
+        for index in range(max(map(len, columns))):
+            parts = []
+            for cell, width, column in zip(row, widths, columns, strict=True):
+                text = column[index] if index < len(column) else ""
+                parts.append(self.paint(text, cell.style) + " " * (width - len(text)))
+            lines.append(GAP.join(parts).rstrip())
+        return lines
+
+
+def screen_for(color: str, out: str | None) -> Screen:
+    """Return the screen that output to `out`, or to standard output, is drawn on."""
+    stream = sys.stdout
+    drawable = out is not None or _takes(stream, "─·│")
+    width = _width(stream) if out is None else PAPER
+    colored = color == "always" if out is not None else in_color(color, stream)
+    return Screen(color=colored, unicode=drawable, width=width)
+
+
+def in_color(choice: str, stream: Any) -> bool:
+    """Return whether a stream is written in colour: on a terminal that did not decline it."""
+    if choice != "auto":
+        return choice == "always"
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return False
+    return stream is not None and stream.isatty()
+
+
+def _takes(stream: Any, text: str) -> bool:
+    try:
+        text.encode(getattr(stream, "encoding", None) or "ascii")
+    except (UnicodeError, LookupError):
+        return False
+    # What is written is UTF-8: another encoding that has these characters is drawn in ASCII.
+    return re.sub(r"[-_]", "", str(stream.encoding)).lower() == "utf8"
+
+
+def _width(stream: Any) -> int:
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns):
+        return max(int(columns), NARROWEST)
+    try:
+        return max(os.get_terminal_size(stream.fileno()).columns, NARROWEST)
+    except (AttributeError, OSError, ValueError):
+        return PAPER
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Return text in lines of at most `width`, broken at spaces, and within longer words."""
+    lines: list[str] = []
+    for part in text.split("\n"):
+        line = ""
+        for word in part.split(" "):
+            if line and len(line) + 1 + len(word) <= width:
+                line += f" {word}"
+                continue
+            if line:
+                lines.append(line)
+            *full, line = _pieces(word, width)
+            lines += full
+        lines.append(line)
+    return lines
+
+
+def _pieces(word: str, width: int) -> list[str]:
+    """Return a word cut to `width`, at a dot or a slash where there is one."""
+    pieces = []
+    while len(word) > width:
+        cuts = [max(word.rfind(mark, 0, width) for mark in marks) + 1 for marks in ("./=", "_-")]
+        cut = next((cut for cut in cuts if cut > width // 3), width)
+        pieces.append(word[:cut])
+        word = word[cut:]
+    return [*pieces, word]
+
+
+def _longest_word(column: Sequence[Cell], most: int) -> int:
+    """Return the length of the longest word of a column, at most `most`."""
+    return min(most, max((len(word) for cell in column for word in cell.text.split()), default=0))

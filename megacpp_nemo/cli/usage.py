@@ -1,0 +1,185 @@
+"""What the `megacpp` command takes: its commands, their options, and what is wrong with words.
+
+Options and words may stand in any order. Nothing is abbreviated.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+from megacpp_nemo.cli.screen import COLORS
+from megacpp_nemo.contract.errors import MegaCppError, lookup, nearest
+
+
+class UsageError(MegaCppError):
+    """Words that the command does not take."""
+
+
+class Command(NamedTuple):
+    """A command, the module that runs it, and what it does in a line."""
+
+    name: str
+    module: str
+    summary: str
+
+
+COMMANDS = (
+    Command("lower", "lower", "a recipe as Megatron's command line, with its seams"),
+    Command("seams", "lower", "what of a recipe Megatron does not own"),
+    Command("lift", "lift", "a Megatron command line as a recipe"),
+    Command("audit", "changes", "what moving a recipe to another release changes"),
+    Command("diff", "changes", "how two recipes differ"),
+    Command("table", "table", "every setting and all its places"),
+    Command("matrix", "matrix", "which recipes lower to which releases, with which seams"),
+    Command("releases", "releases", "the Megatron releases that are known, and new ones"),
+)
+
+
+def overview() -> str:
+    """Return the help of the whole command."""
+    commands = "\n".join(f"  {command.name:<9} {command.summary}" for command in COMMANDS)
+    return f"""\
+usage: megacpp COMMAND ...
+
+Recipes for hybrid language models, as Megatron-LM's own command line and back.
+
+commands:
+{commands}
+
+  megacpp COMMAND --help says what a command takes; megacpp --version, the version.
+
+examples:
+  megacpp lower nam56r
+  megacpp lower nam56r precision=fp8 --release 0.19.0 --format shell --out run.sh
+  megacpp audit nam56r --from 0.16.1 --to 0.19.0
+
+Exit status: 0 done, 2 wrong usage, 3 refused.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """The options of one command. Words that are no options are kept in `words`."""
+
+    def __init__(
+        self, name: str, takes: str, about: str, examples: Sequence[str], formats: Sequence[str]
+    ) -> None:
+        listed = "\n".join(f"  {example}" for example in examples)
+        super().__init__(
+            prog=f"megacpp {name}",
+            usage=f"megacpp {name} {takes}".rstrip(),
+            description=about,
+            epilog=f"examples:\n{listed}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            add_help=False,
+            allow_abbrev=False,
+        )
+        self.name, self.takes, self.formats = name, takes, tuple(formats)
+        self.spellings: list[str] = []
+        self.add("--format", metavar="F", default=formats[0], help=", ".join(formats))
+        self.add("--out", metavar="FILE", help="write to this file, whole or not at all")
+        self.add("--color", metavar="WHEN", default="auto", help=", ".join(COLORS))
+        self.add("--help", "-h", action="store_true", help="show this")
+
+    def add(self, *spellings: str, **more: Any) -> None:
+        """Add an option; as `add_argument`."""
+        self.spellings += spellings
+        self.add_argument(*spellings, **more)
+
+    def asks_for_help(self, words: Sequence[str]) -> bool:
+        """Whether help is asked for, before `--`."""
+        own = words[: words.index("--")] if "--" in words else words
+        return "--help" in own or "-h" in own
+
+    def read(self, words: Sequence[str]) -> argparse.Namespace:
+        """Return the options, with the other words as `words` and those behind `--` as `rest`.
+
+        Raises:
+            UsageError: If an option is unknown or incomplete, or there is no such format.
+        """
+        cut = words.index("--") if "--" in words else len(words)
+        given, others = self.parse_known_args(list(words[:cut]))
+        for word in others:
+            if word.startswith("-") and word != "-":
+                self._refuse_option(word.partition("=")[0])
+        given.command, given.words = self.name, others
+        given.rest = list(words[cut + 1 :]) if cut < len(words) else None
+        for option, choices in (("format", self.formats), ("color", COLORS)):
+            known = {choice: choice for choice in choices}
+            value = getattr(given, option)
+            what = f"{self.name} knows no --{option} {value!r}"
+            chosen = lookup(known, value, what=what, field=f"--{option}", error=UsageError)
+            setattr(given, option, chosen)
+        return given
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print."""
+        name, _, problem = message.removeprefix("argument ").partition(": ")
+        if name.endswith("are required"):
+            self.refuse(f"{self.name} needs {problem}", "neither" if "," in problem else "none")
+        if problem.startswith("expected"):
+            self.refuse(f"{name} needs a value", f"{name} alone")
+        self.refuse(f"{self.name} cannot read its options", message)
+
+    def one_word(self, given: argparse.Namespace, what: str) -> str:
+        """Return the only word that was given.
+
+        Raises:
+            UsageError: If there is none, or there are several.
+        """
+        if len(given.words) != 1:
+            self.refuse(f"{self.name} takes one {what}", " ".join(given.words) or "none")
+        return str(given.words[0])
+
+    def refuse(self, what: str, given: str, hint: str | None = None) -> NoReturn:
+        """Raise a refusal of words that were given.
+
+        Raises:
+            UsageError: Always.
+        """
+        allowed = f"megacpp {self.name} {self.takes}".rstrip()
+        raise UsageError(
+            what, given=given, allowed=allowed, hint=hint or f"megacpp {self.name} --help"
+        )
+
+    def _refuse_option(self, option: str) -> NoReturn:
+        close = nearest(option, self.spellings)
+        self.refuse(f"{self.name} has no option {option}", option, hint=close)
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """Return what reads the value of an option that takes a whole number.
+
+    Raises:
+        UsageError: If it reads something else, or less than `least`.
+    """
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise UsageError(
+                "An option takes a whole number",
+                given=repr(text),
+                allowed=f"a whole number, {least} or more",
+                hint=f"{max(least, 8)}",
+            )
+        return int(text)
+
+    return read
+
+
+def add_recipe_options(parser: Parser) -> None:
+    """Add what every command that reads a recipe takes."""
+    parser.add("--mode", metavar="M", default=None, help="nemo_native (default) or author_dp")
+
+
+def add_release(parser: Parser, default: str | None) -> None:
+    """Add the release; required where there is no default."""
+    parser.add(
+        "--release",
+        metavar="R",
+        default=default,
+        required=default is None,
+        help="a name of `megacpp releases`, or the path of a release file"
+        + (f"; {default} by default" if default else ""),
+    )
