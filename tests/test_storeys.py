@@ -1,7 +1,7 @@
 """The storeys of the house: imports go downwards only.
 
 Ground (contract, planner, lowering) needs the standard library and itself; the middle (model,
-callbacks, data, host) does not import the roof (recipes, launch, cli). Every import counts,
+spec, callbacks, data, host) does not import the roof (recipes, launch, cli). Every import counts,
 also one inside a function or under TYPE_CHECKING.
 """
 
@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "megacpp_nemo"
 GROUND = ("contract", "planner", "lowering")
-MIDDLE = ("model", "callbacks", "data", "host")
+MIDDLE = ("model", "spec", "callbacks", "data", "host")
 ROOF = ("recipes", "launch", "cli")
 
 
@@ -69,8 +69,20 @@ def test_a_module_imports_only_its_own_storey_and_those_below(module, path):
     assert upward_imports(module, path.read_text()) == set()
 
 
-def test_the_ground_storey_is_there():
-    assert "contract" in {storey(module) for module, _ in files()}
+def test_every_room_is_in_a_storey():
+    rooms = {storey(module) for module, path in files() if path.parent != ROOT / PACKAGE}
+    assert rooms <= {*GROUND, *MIDDLE, *ROOF}
+    assert rooms >= {"contract", "lowering", "model", "spec", "recipes", "launch", "cli"}
+
+
+def test_the_command_line_needs_no_more_than_the_ground_storey():
+    """`megacpp` starts at once and runs without torch and NeMo."""
+    for module, path in files():
+        if storey(module) == "cli":
+            names = imported(module, path.read_text())
+            above = {name for name in names if storey(name) in (*MIDDLE, "recipes", "launch")}
+            outside = {name for name in names if name.partition(".")[0] in ("torch", "nemo")}
+            assert not above | outside, module
 
 
 @pytest.mark.parametrize(
@@ -84,6 +96,7 @@ def test_the_ground_storey_is_there():
         ("megacpp_nemo.model.x", "from megacpp_nemo.cli import main", "megacpp_nemo.cli"),
         ("megacpp_nemo.data.x", "import megacpp_nemo.launch.slurm", "megacpp_nemo.launch.slurm"),
         ("megacpp_nemo.host.x", "from megacpp_nemo import recipes", "megacpp_nemo.recipes"),
+        ("megacpp_nemo.spec.x", "from ..recipes import build", "megacpp_nemo.recipes"),
     ],
 )
 def test_an_upward_import_is_seen(module, source, refused):

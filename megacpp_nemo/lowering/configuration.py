@@ -179,7 +179,8 @@ def _activation(leaves: Leaves) -> str:
 
 
 def _precision(leaves: Leaves) -> Precision:
-    if leaves.values.get("trainer.plugins.fp8"):
+    fp8 = leaves.values.get("trainer.plugins.fp8")
+    if isinstance(fp8, str) and fp8 == "hybrid":
         return Precision.FP8_EXPERTS
     return Precision.BF16 if leaves.effective(f"{CONFIG}.bf16") is True else Precision.FP32
 

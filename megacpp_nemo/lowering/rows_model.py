@@ -86,8 +86,18 @@ def _groups(groups: int, recipe: HybridRecipe) -> int | None:
     return None if groups == recipe.model.attention.num_heads else groups
 
 
-def _uses_dsa(recipe: HybridRecipe) -> bool:
+def _chooses_dsa(recipe: HybridRecipe) -> bool:
     return recipe.features.sparse_attention
+
+
+def _has_dsa(recipe: HybridRecipe) -> bool:
+    return _chooses_dsa(recipe) or recipe.has(BlockFamily.SPARSE_ATTENTION)
+
+
+def _has_gated_delta_net(recipe: HybridRecipe) -> bool:
+    depth = recipe.model.mtp.pattern if recipe.model.mtp.num_layers else ()
+    family = BlockFamily.GATED_DELTA_NET
+    return recipe.has(family) or family in tuple(depth)
 
 
 def _latent(recipe: HybridRecipe) -> bool:
@@ -139,7 +149,7 @@ PATTERN_ROWS: tuple[Row, ...] = (
     Row(
         field="model.sparse_attention.a_ranks",
         nemo=(f"{CONFIG}.dsa_a_ranks",),
-        when=_uses_dsa,
+        when=_chooses_dsa,
         owner="pattern",
         note="chooses which A layers take the sparse symbol",
     ),
@@ -203,7 +213,7 @@ SHAPE_ROWS: tuple[Row, ...] = (
         Row(
             field=f"model.sparse_attention.{name}",
             nemo=(f"{CONFIG}.dsa_{place}",),
-            when=_uses_dsa,
+            when=_has_dsa,
             flags=(Spelling(flag=flag, since="0.18", read=NATIVE_DSA),),
             spec=OWN_DSA,
             owner="megatron or spec",
@@ -314,7 +324,7 @@ BLOCK_ROWS: tuple[Row, ...] = (
         Row(
             field=f"model.gated_delta_net.{name}",
             nemo=(f"{CONFIG}.{flag[2:].replace('-', '_')}",),
-            when=lambda recipe: recipe.has(BlockFamily.GATED_DELTA_NET),
+            when=_has_gated_delta_net,
             flags=(Spelling(flag=flag, since="0.17", read=layers(Role.GATED_DELTA_NET)),),
         )
         for name, flag in (

@@ -114,11 +114,11 @@ def test_the_releases_own_parser_and_validator_take_every_lowering(request, rele
 
 @pytest.mark.megatron_source
 def test_the_command_line_configures_what_the_nemo_recipe_configures(request):
+    folder = tree(request, "0.16.1")
     import fiddle
 
     from megacpp_nemo.recipes import to_nemo
 
-    folder = tree(request, "0.16.1")
     jobs = [
         (intent, lowering)
         for intent, lowering in lowerings("0.16.1")
