@@ -74,7 +74,7 @@ def _check_stages(layers: LayerPattern, parallelism: Parallelism) -> None:
 def _check_kinds(
     layers: LayerPattern, model: ModelShape, features: Features, parallelism: Parallelism
 ) -> None:
-    families = layers.counts()
+    families = _families(layers, model)
     experts = families.get(BlockFamily.EXPERTS, 0) if features.experts else 0
     tensor, context = parallelism.tensor_model_parallel_size, parallelism.context_parallel_size
     if experts and tensor > 1 and not parallelism.sequence_parallel:
@@ -100,6 +100,15 @@ def _check_kinds(
             allowed="context_parallel_size=1, or no DSA layers",
             hint="context_parallel_size=1",
         )
+
+
+def _families(layers: LayerPattern, model: ModelShape) -> dict[BlockFamily, int]:
+    """Return the layers of each family, those of the prediction depths included."""
+    found = layers.counts()
+    for family, count in model.mtp.pattern.counts().items():
+        if model.mtp.num_layers:
+            found[family] = found.get(family, 0) + count * model.mtp.num_layers
+    return found
 
 
 def _check_sequence(seq_length: int, parallelism: Parallelism) -> None:
@@ -134,7 +143,7 @@ class _Part(NamedTuple):
 def _parts(
     layers: LayerPattern, model: ModelShape, features: Features, parallelism: Parallelism
 ) -> Iterator[_Part]:
-    families = layers.counts()
+    families = _families(layers, model)
     tensor = parallelism.tensor_model_parallel_size
     if BlockFamily.ATTENTION in families or BlockFamily.SPARSE_ATTENTION in families:
         yield _Part("attention.num_heads", model.attention.num_heads, TENSOR, tensor)

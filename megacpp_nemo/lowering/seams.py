@@ -75,7 +75,7 @@ _ALL = (
         native_since="0.19",
         graduates="a symbol of the release that builds multi-latent attention",
         evidence="tests/spec, tests/model/test_specs.py",
-        off="features.latent_attention=false",
+        off="features.latent_attention=false, features.sparse_attention=false",
     ),
     Seam(
         id="dsa",

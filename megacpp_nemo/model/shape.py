@@ -15,6 +15,7 @@ from megacpp_nemo.contract.shapes import (
     LatentShape,
     MambaShape,
     ModelShape,
+    MultiTokenPredictionShape,
     RecurrentShape,
     SparseAttentionShape,
 )
@@ -48,6 +49,9 @@ def shape_of(config: Any) -> tuple[ModelShape, Features]:
             chunk_size=config.mamba_chunk_size,
         ),
         recurrent=recurrent_shape_of(config),
+        mtp=MultiTokenPredictionShape(
+            num_layers=config.mtp_num_layers or 0, pattern=config.mtp_pattern
+        ),
     )
     features = Features(
         latent_attention=config.multi_latent_attention,

@@ -10,7 +10,13 @@ from refusals import settings as advice
 
 from megacpp_nemo.contract import LayerPattern, Parallelism, RecipeError, recipe
 from megacpp_nemo.contract.rules import check_batch, check_layout, check_model
-from megacpp_nemo.contract.shapes import ExpertsShape, MambaShape, ModelShape, RecurrentShape
+from megacpp_nemo.contract.shapes import (
+    ExpertsShape,
+    MambaShape,
+    ModelShape,
+    MultiTokenPredictionShape,
+    RecurrentShape,
+)
 from megacpp_nemo.contract.training import Batch, Features
 
 NODES = "num_nodes"
@@ -25,6 +31,7 @@ class TestWhatThePatternDoesNotHaveIsNotChecked:
         experts=ExpertsShape(num_experts=7, ffn_hidden_size=13, shared_expert_size=11),
         mamba=MambaShape(num_heads=21, num_groups=7),
         recurrent=RecurrentShape(num_heads=5, num_qk_heads=5, key_dim=3),
+        mtp=MultiTokenPredictionShape(num_layers=0),
     )
     PLAIN = Features(sparse_attention=False)
 
@@ -52,6 +59,7 @@ class TestWhatThePatternDoesNotHaveIsNotChecked:
                 "q_lora_rank": 7,
                 "sparse_attention": False,
                 "latent_attention": False,
+                "mtp.num_layers": 0,
             },
         )
         assert odd.sparse_layer_numbers == ()
@@ -69,7 +77,14 @@ class TestWhatThePatternDoesNotHaveIsNotChecked:
         assert recipe("nam56r", changes={"num_groups": 7, "mamba": "author"})
 
     def test_experts_do_not_ask_a_dense_pattern_for_sequence_parallelism(self):
-        assert recipe("nam56r", changes={"pattern": "AM", "sequence_parallel": False})
+        dense = {"pattern": "AM", "mtp.num_layers": 0, "sequence_parallel": False}
+        assert recipe("nam56r", changes=dense)
+
+    def test_layers_of_a_prediction_depth_are_in_the_model_too(self):
+        odd = {"pattern": "AM", "experts.ffn_hidden_size": 13}
+        assert recipe("nam56r", changes={**odd, "mtp.num_layers": 0})
+        error = refusal(RecipeError, recipe, "nam56r", changes={**odd, "mtp.num_layers": 1})
+        assert error.what.startswith("experts.ffn_hidden_size")
 
     def test_dense_mlps_are_no_experts(self):
         dense = {"features.experts": False, "sequence_parallel": False}

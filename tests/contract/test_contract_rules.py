@@ -200,7 +200,7 @@ CASES = [
          {"pattern": "AM", "precision": "fp8"},
          "FP8 is for expert layers only", {"precision": "bf16"}),
     case("expert parallel without experts", RecipeError, {},
-         {"pattern": "AM", EP: 4},
+         {"pattern": "AM", "mtp.num_layers": 0, EP: 4},
          "Expert parallelism needs expert layers", {"expert_model_parallel_size": 1}),
     case("FP8 with dense MLPs", RecipeError, {"features.experts": False},
          {"precision": "fp8"},

@@ -32,10 +32,12 @@ def plain_values(config: HybridConfig) -> dict[str, Any]:
 def test_the_defaults_are_nam56r():
     config, nam56r = HybridConfig(), recipe("nam56r")
     model, features = shape_of(config)
-    # No layer is sparse until the recipe's features say so, and latent attention has no groups.
+    # No layer is sparse and nothing predicted until the recipe says so, and latent attention has
+    # no groups.
     assert model == dataclasses.replace(
         nam56r.model,
         sparse_attention=SparseAttentionShape(a_ranks=()),
+        mtp=dataclasses.replace(nam56r.model.mtp, num_layers=0),
         attention=dataclasses.replace(nam56r.model.attention, num_query_groups=56),
     )
     # A bare configuration requires no package; the recipe's requires its kernels'.
