@@ -11,7 +11,7 @@ from megacpp_nemo.cli.lower import release_of, to_json
 from megacpp_nemo.cli.screen import Screen
 from megacpp_nemo.cli.usage import Parser, add_release
 from megacpp_nemo.contract import field_paths
-from megacpp_nemo.lowering.plan import version_of
+from megacpp_nemo.lowering.ownership import version_of
 from megacpp_nemo.lowering.releases import Release, load_release
 from megacpp_nemo.lowering.row import EVERY, Row, Spelling
 from megacpp_nemo.lowering.spec_name import MODEL

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from megacpp_nemo.contract.recipe import HybridRecipe
-from megacpp_nemo.lowering.plan import Plan, version_of
+from megacpp_nemo.lowering.ownership import version_of
+from megacpp_nemo.lowering.plan import Plan
 from megacpp_nemo.lowering.roles import Role
+
+CONFIG = "model.config"
 
 
 class Condition(NamedTuple):
@@ -125,3 +128,34 @@ class Row:
         for name in self.field.split("."):
             value = getattr(value, name)
         return value
+
+
+def flagged(
+    prefix: str, names: dict[str, tuple[str, str]], read: Condition = EVERY, **more: Any
+) -> list[Row]:
+    """Return rows for fields with one place in NeMo's model and one flag."""
+    return [
+        Row(
+            field=f"{prefix}.{name}",
+            nemo=(f"{CONFIG}.{place}",),
+            flags=(Spelling(flag=flag, read=read),),
+            **more,
+        )
+        for name, (place, flag) in names.items()
+    ]
+
+
+def spec_carried(
+    prefix: str, place: str, spec: Condition, when: Callable[[HybridRecipe], bool], *names: str
+) -> list[Row]:
+    """Return rows for fields that only the name of a spec carries to Megatron."""
+    return [
+        Row(
+            field=f"{prefix}.{name}",
+            nemo=(f"{CONFIG}.{place}_{name}",),
+            when=when,
+            spec=spec,
+            owner="spec",
+        )
+        for name in names
+    ]

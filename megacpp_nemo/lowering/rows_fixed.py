@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from megacpp_nemo.lowering.row import EVERY, Condition, Row, Spelling
-from megacpp_nemo.lowering.rows_model import CONFIG, EXPERTS, LATENT
+from megacpp_nemo.lowering.readers import EXPERTS, LATENT
+from megacpp_nemo.lowering.row import CONFIG, EVERY, Condition, Row, Spelling
 
 
 def _fixed(

@@ -1,85 +1,25 @@
-"""Rows of the correspondence table that say what the model is."""
+"""Rows of the correspondence table that say what the model is, its blocks' own sizes apart."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from megacpp_nemo.contract.pattern import BlockFamily
 from megacpp_nemo.contract.recipe import HybridRecipe
-from megacpp_nemo.lowering.plan import MEGATRONS_CHUNK_SIZE, MEGATRONS_CONV_WIDTH
-from megacpp_nemo.lowering.roles import Role
-from megacpp_nemo.lowering.row import EVERY, Condition, Row, Spelling, layers
-
-CONFIG = "model.config"
-
-LATENT = layers(Role.LATENT_ATTENTION, Role.SPARSE_ATTENTION)
-GROUPED = layers(Role.ATTENTION)
-EXPERTS = layers(Role.EXPERTS)
-DENSE = layers(Role.MLP)
-MAMBA = layers(Role.MAMBA)
-NATIVE_DSA = Condition(
-    "sparse attention layers of the release's own",
-    lambda plan: plan.has(Role.SPARSE_ATTENTION) and plan.is_native(Role.SPARSE_ATTENTION),
+from megacpp_nemo.lowering.readers import (
+    DENSE,
+    DOCUMENTS,
+    GROUPED,
+    LATENT,
+    NATIVE_DSA,
+    NATIVE_MTP,
+    NGRAM,
+    OFF_DOCUMENTS,
+    OFF_NGRAM,
+    OFF_STRUCTURE,
+    OWN_DSA,
+    OWN_MTP,
+    STRUCTURE,
 )
-OWN_DSA = Condition(
-    "sparse attention layers of this package",
-    lambda plan: plan.has(Role.SPARSE_ATTENTION) and not plan.is_native(Role.SPARSE_ATTENTION),
-)
-NATIVE_MTP = Condition("prediction depths of the release's own", lambda plan: plan.native_mtp)
-OWN_MTP = Condition(
-    "prediction depths of this package",
-    lambda plan: bool(plan.recipe.model.mtp.num_layers) and not plan.native_mtp,
-)
-OWN_MAMBA = Condition(
-    "Mamba-2 layers of this package",
-    lambda plan: plan.has(Role.MAMBA) and not plan.is_native(Role.MAMBA),
-)
-STOCK_MAMBA = Condition(
-    "what Megatron's mixer has; no flag changes it",
-    lambda plan: plan.has(Role.MAMBA) and plan.is_native(Role.MAMBA),
-)
-DOCUMENTS = Condition(
-    "layers with a state",
-    lambda plan: any(seam.id == "documents" for seam in plan.seams),
-)
-NGRAM = Condition("n-gram memory", lambda plan: plan.recipe.features.ngram_hash)
-STRUCTURE = Condition("structure channels", lambda plan: bool(plan.recipe.features.structure))
-
-OFF_NGRAM = Condition("off, as in Megatron", lambda plan: not plan.recipe.features.ngram_hash)
-OFF_STRUCTURE = Condition("off, as in Megatron", lambda plan: not plan.recipe.features.structure)
-OFF_DOCUMENTS = Condition("off, as in Megatron", lambda plan: not plan.recipe.features.reset_state)
-
-
-def _flagged(
-    prefix: str, names: dict[str, tuple[str, str]], read: Condition = EVERY, **more: Any
-) -> list[Row]:
-    """Return rows for fields with one place in NeMo's model and one flag."""
-    return [
-        Row(
-            field=f"{prefix}.{name}",
-            nemo=(f"{CONFIG}.{place}",),
-            flags=(Spelling(flag=flag, read=read),),
-            **more,
-        )
-        for name, (place, flag) in names.items()
-    ]
-
-
-def _carried(
-    prefix: str, place: str, spec: Condition, when: Callable[[HybridRecipe], bool], *names: str
-) -> list[Row]:
-    """Return rows for fields that only the name of a spec carries to Megatron."""
-    return [
-        Row(
-            field=f"{prefix}.{name}",
-            nemo=(f"{CONFIG}.{place}_{name}",),
-            when=when,
-            spec=spec,
-            owner="spec",
-        )
-        for name in names
-    ]
+from megacpp_nemo.lowering.row import CONFIG, Row, Spelling, flagged, spec_carried
 
 
 def _groups(groups: int, recipe: HybridRecipe) -> int | None:
@@ -92,12 +32,6 @@ def _chooses_dsa(recipe: HybridRecipe) -> bool:
 
 def _has_dsa(recipe: HybridRecipe) -> bool:
     return _chooses_dsa(recipe) or recipe.has(BlockFamily.SPARSE_ATTENTION)
-
-
-def _has_gated_delta_net(recipe: HybridRecipe) -> bool:
-    depth = recipe.model.mtp.pattern if recipe.model.mtp.num_layers else ()
-    family = BlockFamily.GATED_DELTA_NET
-    return recipe.has(family) or family in tuple(depth)
 
 
 def _latent(recipe: HybridRecipe) -> bool:
@@ -158,8 +92,8 @@ PATTERN_ROWS: tuple[Row, ...] = (
 )
 
 SHAPE_ROWS: tuple[Row, ...] = (
-    *_flagged("model", {"hidden_size": ("hidden_size", "--hidden-size")}),
-    *_flagged("model", {"ffn_hidden_size": ("ffn_hidden_size", "--ffn-hidden-size")}, DENSE),
+    *flagged("model", {"hidden_size": ("hidden_size", "--hidden-size")}),
+    *flagged("model", {"ffn_hidden_size": ("ffn_hidden_size", "--ffn-hidden-size")}, DENSE),
     Row(
         field="model.seq_length",
         nemo=(f"{CONFIG}.seq_length", "data.seq_length"),
@@ -168,16 +102,16 @@ SHAPE_ROWS: tuple[Row, ...] = (
             Spelling(flag="--max-position-embeddings"),
         ),
     ),
-    *_flagged("model", {"rotary_base": ("rotary_base", "--rotary-base")}, LATENT),
-    *_flagged(
+    *flagged("model", {"rotary_base": ("rotary_base", "--rotary-base")}, LATENT),
+    *flagged(
         "model",
         {
             "norm_epsilon": ("layernorm_epsilon", "--norm-epsilon"),
             "init_std": ("init_method_std", "--init-method-std"),
         },
     ),
-    *_flagged("model.attention", {"num_heads": ("num_attention_heads", "--num-attention-heads")}),
-    *_flagged("model.attention", {"head_dim": ("kv_channels", "--kv-channels")}, GROUPED),
+    *flagged("model.attention", {"num_heads": ("num_attention_heads", "--num-attention-heads")}),
+    *flagged("model.attention", {"head_dim": ("kv_channels", "--kv-channels")}, GROUPED),
     Row(
         field="model.attention.num_query_groups",
         nemo=(f"{CONFIG}.num_query_groups",),
@@ -192,7 +126,7 @@ SHAPE_ROWS: tuple[Row, ...] = (
         ),
         note="latent attention has keys and values for every head",
     ),
-    *_flagged(
+    *flagged(
         "model.latent",
         {
             "q_lora_rank": ("q_lora_rank", "--q-lora-rank"),
@@ -227,128 +161,6 @@ SHAPE_ROWS: tuple[Row, ...] = (
     ),
 )
 
-BLOCK_ROWS: tuple[Row, ...] = (
-    *_flagged(
-        "model.experts",
-        {
-            "num_experts": ("num_moe_experts", "--num-experts"),
-            "topk": ("moe_router_topk", "--moe-router-topk"),
-            "ffn_hidden_size": ("moe_ffn_hidden_size", "--moe-ffn-hidden-size"),
-        },
-        EXPERTS,
-    ),
-    Row(
-        field="model.experts.aux_loss_coeff",
-        nemo=(f"{CONFIG}.moe_aux_loss_coeff",),
-        flags=(
-            Spelling(
-                flag="--moe-aux-loss-coeff",
-                value=lambda coefficient, recipe: (coefficient,),
-                back=lambda values: values[0],
-                read=EXPERTS,
-            ),
-        ),
-    ),
-    Row(
-        field="model.experts.shared_expert_size",
-        nemo=(f"{CONFIG}.moe_shared_expert_intermediate_size",),
-        spell=lambda size, recipe: size or None,
-        unspell=lambda size: size or 0,
-        flags=(
-            Spelling(
-                flag="--moe-shared-expert-intermediate-size",
-                value=lambda size, recipe: size or None,
-                back=lambda size: size or 0,
-                read=EXPERTS,
-            ),
-        ),
-    ),
-    Row(
-        field="model.experts.activation",
-        nemo=(f"{CONFIG}.gated_linear_unit",),
-        built=(f"{CONFIG}.activation_func",),
-        spell=lambda activation, recipe: activation == "swiglu",
-        unspell=None,
-        flags=(
-            Spelling(
-                flag="--swiglu",
-                value=lambda activation, recipe: True if activation == "swiglu" else None,
-                read=layers(Role.EXPERTS, Role.MLP),
-            ),
-            Spelling(
-                flag="--squared-relu",
-                value=lambda activation, recipe: True if activation == "squared_relu" else None,
-                read=layers(Role.EXPERTS, Role.MLP),
-            ),
-        ),
-        note="of dense MLPs too; gelu is Megatron's default",
-    ),
-    *_flagged(
-        "model.mamba",
-        {
-            "num_heads": ("mamba_num_heads", "--mamba-num-heads"),
-            "head_dim": ("mamba_head_dim", "--mamba-head-dim"),
-            "state_dim": ("mamba_state_dim", "--mamba-state-dim"),
-            "num_groups": ("mamba_num_groups", "--mamba-num-groups"),
-        },
-        MAMBA,
-    ),
-    Row(
-        field="model.mamba.conv_width",
-        nemo=(f"{CONFIG}.mamba_conv_width",),
-        spec=OWN_MAMBA,
-        stock=STOCK_MAMBA,
-        owner="spec",
-        note=f"Megatron's mixer has {MEGATRONS_CONV_WIDTH}, and no flag for it",
-    ),
-    Row(
-        field="model.mamba.chunk_size",
-        nemo=(f"{CONFIG}.mamba_chunk_size",),
-        spec=OWN_MAMBA,
-        stock=STOCK_MAMBA,
-        owner="spec",
-        note=f"Megatron's mixer has {MEGATRONS_CHUNK_SIZE}, and no flag for it",
-    ),
-    *_carried(
-        "model.author_mamba",
-        "author_mamba",
-        layers(Role.AUTHOR_MAMBA),
-        lambda recipe: recipe.features.mamba == "author",
-        "num_heads",
-        "head_dim",
-        "state_dim",
-        "mimo_rank",
-        "chunk_size",
-    ),
-    *(
-        Row(
-            field=f"model.gated_delta_net.{name}",
-            nemo=(f"{CONFIG}.{flag[2:].replace('-', '_')}",),
-            when=_has_gated_delta_net,
-            flags=(Spelling(flag=flag, since="0.17", read=layers(Role.GATED_DELTA_NET)),),
-        )
-        for name, flag in (
-            ("num_key_heads", "--linear-num-key-heads"),
-            ("num_value_heads", "--linear-num-value-heads"),
-            ("key_head_dim", "--linear-key-head-dim"),
-            ("value_head_dim", "--linear-value-head-dim"),
-            ("conv_width", "--linear-conv-kernel-dim"),
-        )
-    ),
-    *_carried(
-        "model.recurrent",
-        "m2rnn",
-        layers(Role.RECURRENT),
-        lambda recipe: True,
-        "num_heads",
-        "num_qk_heads",
-        "key_dim",
-        "value_dim",
-        "conv_width",
-        "state_gradient_clip",
-    ),
-)
-
 INPUT_ROWS: tuple[Row, ...] = (
     Row(
         field="model.embedding.vocab_size",
@@ -357,7 +169,7 @@ INPUT_ROWS: tuple[Row, ...] = (
         owner="recipe",
         note="what the recipe is planned for; the tokenizer of existing data decides what is built",
     ),
-    *_flagged(
+    *flagged(
         "model.embedding",
         {
             "make_vocab_size_divisible_by": (
@@ -373,7 +185,7 @@ INPUT_ROWS: tuple[Row, ...] = (
         stock=OFF_NGRAM,
         owner="spec",
     ),
-    *_carried(
+    *spec_carried(
         "model.embedding.ngram",
         "ngram",
         NGRAM,
@@ -390,7 +202,7 @@ INPUT_ROWS: tuple[Row, ...] = (
         stock=OFF_STRUCTURE,
         owner="spec",
     ),
-    *_carried(
+    *spec_carried(
         "model.embedding.structure",
         "structure",
         STRUCTURE,
@@ -446,4 +258,4 @@ INPUT_ROWS: tuple[Row, ...] = (
     ),
 )
 
-MODEL_ROWS = (*PATTERN_ROWS, *SHAPE_ROWS, *BLOCK_ROWS, *INPUT_ROWS)
+MODEL_ROWS = (*PATTERN_ROWS, *SHAPE_ROWS, *INPUT_ROWS)

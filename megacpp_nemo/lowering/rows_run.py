@@ -6,8 +6,8 @@ from typing import Any
 
 from megacpp_nemo.contract.recipe import HybridRecipe
 from megacpp_nemo.contract.training import Precision
-from megacpp_nemo.lowering.row import Condition, Row, Spelling
-from megacpp_nemo.lowering.rows_model import CONFIG, EXPERTS
+from megacpp_nemo.lowering.readers import EXPERTS
+from megacpp_nemo.lowering.row import CONFIG, Condition, Row, Spelling
 
 GPU_PACKAGES = ("transformer_engine", "mamba_ssm", "causal_conv1d")
 SAMPLES = "data.num_train_samples"
