@@ -81,7 +81,7 @@ def _check_kinds(
         raise RecipeError(
             "Tensor parallelism with experts needs sequence parallelism in Megatron",
             given=f"tensor_model_parallel_size={tensor}, sequence_parallel=False, "
-            f"{experts} expert layers",
+            f"expert layers: {experts}",
             allowed="sequence_parallel=True",
             hint="sequence_parallel=True",
         )

@@ -42,13 +42,14 @@ WORDS: dict[str, tuple[Any, ...]] = {
 }
 # A field that cannot change alone: what has to stand beside it.
 ROOM = {"num_nodes": 4, "devices_per_node": 8, "global_batch_size": 2048, "sparse_attention": False}
+NO_EXPERTS = {"pattern": "AMM", "model.mtp.num_layers": 0}
 ALONG: dict[str, dict[str, Any]] = {
-    "parallelism.tensor_model_parallel_size": {**ROOM, "pattern": "AMM"},
+    "parallelism.tensor_model_parallel_size": {**ROOM, **NO_EXPERTS},
     "parallelism.sequence_parallel": {
         **ROOM,
         "tensor_model_parallel_size": 2,
         "sequence_parallel": False,
-        "pattern": "AMM",
+        **NO_EXPERTS,
     },
     "parallelism.virtual_pipeline_model_parallel_size": {
         **ROOM,
