@@ -237,7 +237,7 @@ def test_lowerings_to_other_releases_are_proven_by_those(on_release, release):
     output = on_release(release, "tests.spec.proof_script", release)
     rows = [line.split() for line in output.splitlines() if line.split()[:1] and line[:4].strip()]
     layers = [row for row in rows if row[0].isdigit()]
-    # Twelve layers, then the attention and the expert layer of one prediction depth.
+    # Twelve layers, then the expert and the attention layer of one prediction depth.
     assert [int(row[0]) for row in layers] == [*range(1, 13), 1, 2]
     owners = {row[-1] for row in layers}
     native_latent = release in ("0.19.0", "main-2026-08")
