@@ -11,7 +11,8 @@ from megacpp_nemo.cli.lower import release_of, to_json
 from megacpp_nemo.cli.screen import Cell, Screen
 from megacpp_nemo.cli.usage import Parser, add_recipe_options, add_release
 from megacpp_nemo.contract import HybridRecipe, field_paths
-from megacpp_nemo.lowering.audit import Audit, Change, Difference, audit, difference
+from megacpp_nemo.lowering.audit import Audit, audit
+from megacpp_nemo.lowering.difference import Change, Difference, difference
 from megacpp_nemo.lowering.lower import lower
 from megacpp_nemo.lowering.releases import DEFAULT_RELEASE
 from megacpp_nemo.lowering.spec_name import SPEC_MODULE
@@ -33,7 +34,7 @@ def _audit_parser() -> Parser:
         "audit",
         "RECIPE [FIELD=VALUE ...] --from R --to R [--mode M] [--format F] ...",
         "Print what moving a recipe from one release to another changes: seams that graduate,\n"
-        "flags that are renamed, removed, or read only on one of the two.",
+        "flags that are renamed, removed, or read only on one of the two, and the launch.",
         ("megacpp audit nam56r --from 0.16.1 --to 0.19.0",),
         FORMATS,
     )
@@ -46,8 +47,8 @@ def _diff_parser() -> Parser:
     made = Parser(
         "diff",
         "RECIPE OTHER [FIELD=VALUE ...] [--release R] [--mode M] [--format F] ...",
-        "Print how two recipes differ: fields, flags, seams and layers. A FIELD=VALUE is of both;\n"
-        "one recipe's own stand behind its name, each after a colon.",
+        "Print how two recipes differ: fields, seams, launch, flags and layers. A FIELD=VALUE is\n"
+        "of both; one recipe's own stand behind its name, each after a colon.",
         (
             "megacpp diff nam52 nam56r",
             "megacpp diff nam56r nam56r:precision=fp8 --release 0.19.0",
@@ -129,10 +130,12 @@ def _fields(one: HybridRecipe, other: HybridRecipe) -> Iterable[tuple[str, str, 
 
 
 def _parts(changes: Difference, sides: tuple[str, str]) -> list[Part]:
-    """Return the flags and the layers that differ."""
+    """Return what differs of the flags, the layers and the launch."""
     flags = [row for change in changes.flags for row in _flag_rows(change)]
     layers = [(str(c.number), c.before or "", c.after or "") for c in changes.layers]
+    launch = [(c.name, c.before or "", c.after or "") for c in changes.policy]
     return [
+        ("Launch", ("what", *sides), launch),
         ("Values on the command line", ("flag", *sides), flags),
         ("Layers", ("layer", *sides), layers),
     ]

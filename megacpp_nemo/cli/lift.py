@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import shlex
 import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from megacpp_nemo.cli.command_text import Command, command_of, read_command
 from megacpp_nemo.cli.given import words_of, written
 from megacpp_nemo.cli.lower import release_of, to_json
 from megacpp_nemo.cli.output import native_path
+from megacpp_nemo.cli.shell_text import Word
 from megacpp_nemo.cli.usage import Parser, UsageError, add_release, whole_number
 from megacpp_nemo.contract import (
     RECIPE_NAMES,
@@ -26,7 +27,6 @@ from megacpp_nemo.lowering.lift import lift
 from megacpp_nemo.lowering.lower import Lowering, lower
 
 TAKES = "--release R [--file FILE | -- ARGUMENT ...] [--format F] ..."
-SIZES = ("--nnodes", "--nproc-per-node")
 MODES = tuple(mode.value for mode in ParallelismMode)
 
 
@@ -61,6 +61,8 @@ def parser(name: str) -> Parser:
             "megacpp lower nam56r --format argv | megacpp lift --release 0.16.1 --file -",
         ),
         ("text", "json", "shell"),
+        takes_rest=True,
+        exact_text=True,
     )
     add_release(made, None)
     made.add("--file", metavar="FILE", help="read the arguments from here; - is standard input")
@@ -83,21 +85,18 @@ def run(given: argparse.Namespace) -> str:
         MegaCppError: If the arguments cannot be read, or no recipe can say them.
     """
     release = release_of(given.release)
-    arguments, sizes = _arguments(given)
-    found = lift(
-        arguments,
-        release,
-        num_nodes=given.num_nodes or sizes.get("--nnodes", 1),
-        devices_per_node=given.devices_per_node or sizes.get("--nproc-per-node"),
-    )
+    command = _command(given)
+    nodes = given.num_nodes or _size(command, "--nnodes", "--num-nodes")
+    devices = given.devices_per_node or _size(command, "--nproc-per-node", "--devices-per-node")
+    found = lift(command.arguments, release, num_nodes=nodes or 1, devices_per_node=devices)
     lifted = closest(found, release)
     if given.format == "json":
         return to_json(_data(lifted, given.release))
     words = [shlex.quote(word) for word in lifted.words]
     if given.format == "text":
         return "".join(f"{word}\n" for word in words)
-    command = [f"megacpp lower {words[0]}", f"--release {shlex.quote(given.release)}", *words[1:]]
-    return " \\\n  ".join(command) + "\n"
+    parts = [f"megacpp lower {words[0]}", f"--release {shlex.quote(given.release)}", *words[1:]]
+    return " \\\n  ".join(parts) + "\n"
 
 
 def closest(found: HybridRecipe, release: str) -> Lifted:
@@ -142,8 +141,8 @@ def _told(lowering: Lowering) -> Any:
     return lowering.argv, lowering.policy
 
 
-def _arguments(given: argparse.Namespace) -> tuple[list[str], dict[str, int]]:
-    """Return the arguments behind `--` or in a file, and the launch's sizes in a script."""
+def _command(given: argparse.Namespace) -> Command:
+    """Return the command behind `--` or in a file."""
     if (given.file is None) == (given.rest is None) or given.words:
         parser(given.command).refuse(
             "lift takes a command line from behind '--' or from a file",
@@ -151,8 +150,24 @@ def _arguments(given: argparse.Namespace) -> tuple[list[str], dict[str, int]]:
             hint="--file FILE, or -- and then the arguments",
         )
     if given.rest is not None:
-        return list(given.rest), {}
-    return split(_text(given.file))
+        # A shell has been over these already.
+        return command_of([[Word(word) for word in given.rest]] if given.rest else [])
+    return read_command(_text(given.file))
+
+
+def _size(command: Command, torchrun: str, ours: str) -> int | None:
+    """Return one of torchrun's sizes in a command; None if it does not say it."""
+    text = command.sizes.get(torchrun)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text)):
+        raise UsageError(
+            f"torchrun's {torchrun} is not a plain number in this command",
+            given=f"{torchrun} {text}".rstrip(),
+            allowed="a whole number, 1 or more",
+            hint=f"{ours} N, which stands for it",
+        )
+    return int(text)
 
 
 def _text(file: str) -> str:
@@ -170,34 +185,6 @@ def _text(file: str) -> str:
             hint="--file run.sh",
         ) from None
     return data.decode("utf-8", "surrogateescape")
-
-
-def split(text: str) -> tuple[list[str], dict[str, int]]:
-    """Return the arguments in text, one a line or as a shell reads them, and torchrun's sizes.
-
-    Raises:
-        UsageError: If it is shell text whose quotes do not match.
-    """
-    lines = [line for line in text.splitlines() if line]
-    shell = any(line.startswith("--") and " " in line for line in lines)
-    if not shell and not any(mark in text for mark in "'\"\\#"):
-        return lines, {}
-    try:
-        words = shlex.split(text.replace("\\\n", " "), comments=True)
-    except ValueError as error:
-        raise UsageError(
-            "The text of a command line cannot be read as a shell would",
-            given=str(error).lower(),
-            allowed="matching quotes, or one bare argument a line",
-            hint="megacpp lower RECIPE --format argv",
-        ) from None
-    scripts = [place for place, word in enumerate(words) if word.endswith(".py")]
-    if not scripts:
-        return words, {}
-    launch, place = words[: scripts[0]], scripts[0] + 1
-    pairs = itertools.pairwise(launch)
-    sizes = {flag: int(size) for flag, size in pairs if flag in SIZES and size.isdecimal()}
-    return words[place:], sizes
 
 
 def _data(lifted: Lifted, release: str) -> dict[str, Any]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
+from collections.abc import Sequence
 from typing import Any
 
 from megacpp_nemo.cli.given import read_recipe
 from megacpp_nemo.cli.usage import Parser, UsageError, add_recipe_options, add_release, whole_number
 from megacpp_nemo.lowering.lower import Lowering, lower
-from megacpp_nemo.lowering.policy import GRAPHS, LaunchOptions
+from megacpp_nemo.lowering.policy import GRAPHS, VARIABLE, LaunchOptions
 from megacpp_nemo.lowering.releases import DEFAULT_RELEASE
 
 TAKES = "RECIPE [FIELD=VALUE ...] [--release R] [--mode M] [--format F] ..."
@@ -35,9 +35,9 @@ def _lower_parser() -> Parser:
         "A FIELD is a recipe's field by its path, or by an ending that no other field shares.",
         (
             "megacpp lower nam56r",
-            "megacpp lower nam52 sparse_attention=false --release 0.19.0 --seams native-only",
-            "megacpp lower nam56r_tiny data_path=corpus/train tokenizer_dir=corpus/tokenizer \\",
-            "    --format shell --out run.sh",
+            "megacpp lower nam52 ngram_hash=false --release 0.19.0 --seams native-only",
+            "megacpp lower nam56r_tiny corpus=indexed data_path=corpus/train \\",
+            "    tokenizer_dir=corpus/tokenizer --format shell --out run.sh",
         ),
         ("text", "json", "md", "shell", "argv"),
     )
@@ -56,7 +56,7 @@ def _seams_parser() -> Parser:
 
 def _add_launch(made: Parser) -> None:
     made.add("--seams", metavar="S", default="spec", help="spec (default) or native-only")
-    made.add("--cuda-graphs", metavar="PARTS", default="", help=f"of {','.join(GRAPHS)}")
+    made.add("--cuda-graphs", metavar="PARTS", help=f"of {','.join(GRAPHS)}")
     made.add("--cache-dir", metavar="DIR", help="folder for compile caches and data indices")
     made.add("--data-workers", metavar="N", type=whole_number(0), help="data loader processes")
     made.add("--blackwell", action="store_true", help="the GPUs are Blackwell or later")
@@ -133,21 +133,47 @@ def _seams(lowering: Lowering, given: argparse.Namespace) -> str:
 
 
 def _launch(given: argparse.Namespace) -> LaunchOptions:
-    environment: dict[str, str] = {}
-    for word in given.env:
-        name, equals, value = word.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise UsageError(
-                "A variable of the launch is NAME=VALUE",
-                given=repr(word),
-                allowed="a name of letters, digits and _, then '=' and its value",
-                hint="--env NCCL_DEBUG=INFO",
-            )
-        environment[name] = value
     return LaunchOptions(
-        cuda_graphs=tuple(filter(None, given.cuda_graphs.split(","))),
+        cuda_graphs=() if given.cuda_graphs is None else _parts(given.cuda_graphs),
         blackwell=given.blackwell,
         cache_dir=given.cache_dir,
         data_workers=given.data_workers,
-        environment=environment,
+        environment=_environment(given.env),
     )
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    """Return the parts that `--cuda-graphs` lists."""
+    parts = text.split(",")
+    once = [part for part in dict.fromkeys(parts) if part]
+    if once != parts:
+        raise UsageError(
+            "--cuda-graphs lists parts, each once",
+            given=f"--cuda-graphs {text!r}",
+            allowed=", ".join(GRAPHS) + ", with commas between",
+            hint=f"--cuda-graphs {','.join(once) or 'attn'}",
+        )
+    return tuple(parts)
+
+
+def _environment(words: Sequence[str]) -> dict[str, str]:
+    """Return the variables that `--env` words set."""
+    environment: dict[str, str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not VARIABLE.fullmatch(name) or set(value) & set("\n\0"):
+            raise UsageError(
+                "A variable of the launch is NAME=VALUE",
+                given=f"--env {word!r}",
+                allowed="a name of letters, digits and _, then '=' and its value, one line",
+                hint="--env NCCL_DEBUG=INFO",
+            )
+        if name in environment:
+            raise UsageError(
+                f"The variable {name} is given twice",
+                given=f"--env {name}={environment[name]}, --env {word}",
+                allowed="each variable once",
+                hint=f"--env {word} alone",
+            )
+        environment[name] = value
+    return environment

@@ -11,7 +11,7 @@ import stat
 import sys
 from typing import Any
 
-from megacpp_nemo.cli.screen import Screen
+from megacpp_nemo.cli.screen import Screen, visible
 from megacpp_nemo.contract.errors import MegaCppError
 
 
@@ -47,14 +47,16 @@ def write(
         text: What to write.
         screen: How standard output draws.
         out: File; None for standard output.
-        exact: Whether the bytes must be the same everywhere; other text is drawn in ASCII where
-            standard output takes no more.
+        exact: Whether the bytes must be the same everywhere; other text shows its control
+            characters, and is drawn in ASCII where standard output takes no more.
         executable: Whether a file may be run.
 
     Raises:
         OutputError: If the file, or standard output, cannot be written.
         OutputLost: If nobody reads standard output any more.
     """
+    if not exact:
+        text = visible(text, painted=screen.color)
     data = text.encode("utf-8", "surrogateescape")
     if out is not None:
         _replace(out, data, 0o777 if executable else 0o666)
@@ -132,6 +134,8 @@ def _replace(out: str, data: bytes, mode: int) -> None:
 
 
 def _refuse_unlike_files(out: str, target: str) -> None:
+    if out.endswith("/") and not os.path.isdir(target):
+        raise _unwritable(out, "names a folder, and there is none", f"--out {out.rstrip('/')}")
     if not os.path.exists(target):
         return
     if os.path.isdir(target):

@@ -7,7 +7,7 @@ from typing import Any
 
 from megacpp_nemo.cli.lower import release_of, to_json
 from megacpp_nemo.cli.output import native_path, say
-from megacpp_nemo.cli.screen import Cell, Screen
+from megacpp_nemo.cli.screen import Cell, Screen, visible
 from megacpp_nemo.cli.usage import Parser, UsageError
 from megacpp_nemo.contract.errors import lookup
 from megacpp_nemo.lowering.releases import DEFAULT_RELEASE, RELEASE_NAMES, Release, load_release
@@ -59,11 +59,14 @@ def _added(given: argparse.Namespace) -> str:
     from megacpp_nemo.lowering.tree import add_release
 
     tree = native_path(parser(given.command).one_word(given, "source tree to add"))
+    if given.out and (given.out == "-" or given.out.endswith("/")):
+        hint = "--out mine.json"
+        parser(given.command).refuse("releases add writes a file", f"--out {given.out}", hint)
     out = given.out and native_path(given.out)
     # The file it writes is its own.
     given.out = None
     path = add_release(tree, name=given.name, out=out, overwrite=given.replace)
-    say(f"Wrote {path}")
+    say(f"Wrote {visible(str(path))}")
     return _shown(load_release(path), given)
 
 

@@ -17,6 +17,11 @@ COLORS = ("auto", "always", "never")
 NARROWEST, PAPER = 40, 100
 WORD = 14
 GAP = "  "
+# What would move a terminal's cursor, change its state, or turn the order of the letters around.
+_CONTROL = r"\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
+_PAINT = "|".join(rf"\x1b\[{code}m" for code in (*CODES.values(), "0"))
+_HIDDEN = re.compile(f"[{_CONTROL}]")
+_HIDDEN_OR_PAINT = re.compile(f"{_PAINT}|{_HIDDEN.pattern}")
 
 
 class Cell(NamedTuple):
@@ -97,6 +102,20 @@ class Screen:
         return lines
 
 
+def visible(text: str, *, painted: bool = False) -> str:
+    """Return text with control characters as Python writes them; line breaks stay.
+
+    Args:
+        text: Text to show on a terminal.
+        painted: Whether it is painted by a `Screen`, whose colours stay too.
+    """
+    return (_HIDDEN_OR_PAINT if painted else _HIDDEN).sub(_escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return match[0] if len(match[0]) > 1 else match[0].encode("unicode_escape").decode("ascii")
+
+
 def screen_for(color: str, out: str | None) -> Screen:
     """Return the screen that output to `out`, or to standard output, is drawn on."""
     stream = sys.stdout
@@ -113,6 +132,11 @@ def in_color(choice: str, stream: Any) -> bool:
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return False
     return stream is not None and stream.isatty()
+
+
+def on_terminal(out: str | None) -> bool:
+    """Return whether output to `out`, None for standard output, is for a terminal."""
+    return out is None and sys.stdout is not None and sys.stdout.isatty()
 
 
 def _takes(stream: Any, text: str) -> bool:

@@ -35,7 +35,7 @@ def script(lowering: Lowering) -> str:
     about = f"# {lowering.name} on Megatron-LM {lowering.release}, as megacpp lower writes it."
     missing = [f"# Still open: {item.what}; {item.settle}" for item in lowering.open]
     needs = [MEGATRON, *([RENDEZVOUS] if lowering.policy.num_nodes > 1 else [])]
-    lines = ["#!/bin/sh", about, *map(_one_line, missing), "set -eu", *needs, *launch(lowering)]
+    lines = ["#!/bin/sh", *map(_one_line, (about, *missing)), "set -eu", *needs, *launch(lowering)]
     return "\n".join(lines) + "\n"
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megacpp_nemo.cli.output import OutputLost, native_path, received, say, write
-from megacpp_nemo.cli.screen import screen_for
+from megacpp_nemo.cli.screen import on_terminal, screen_for, visible
 from megacpp_nemo.cli.usage import COMMANDS, UsageError, overview
 from megacpp_nemo.contract.errors import MegaCppError, lookup
 
@@ -61,13 +61,19 @@ def _run(words: list[str]) -> int:
         write(parser.format_help(), screen=screen_for("auto", None))
         return DONE
     given = parser.read(words[1:])
-    given.screen = screen_for(given.color, given.out)
+    given.screen = screen_for(given.color, _file(given.out))
     text = module.run(given)
-    exact, executable = given.format != "text", given.format == "shell"
-    write(text, screen=given.screen, out=given.out, exact=exact, executable=executable)
-    if given.out:
-        say(f"Wrote {native_path(given.out)}")
+    out, executable = _file(given.out), given.format == "shell"
+    exact = given.format != "text" or (parser.exact_text and not on_terminal(out))
+    write(text, screen=given.screen, out=out, exact=exact, executable=executable)
+    if out:
+        say(f"Wrote {visible(native_path(out))}")
     return DONE
+
+
+def _file(out: str | None) -> str | None:
+    """Return the file of `--out`; None for standard output, which `-` stands for too."""
+    return None if out == "-" else out
 
 
 def _command(name: str) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import nemo_run as run
 
+from megacpp_nemo.contract.errors import LoweringError
 from megacpp_nemo.launch.files import files_of, write_folder
 from megacpp_nemo.lowering.lower import lower
 from megacpp_nemo.lowering.policy import LaunchOptions
@@ -38,13 +40,23 @@ class LoweringPlugin(run.Plugin):
         launch: What the user decides about the launch.
 
     Raises:
-        MegaCppError: From `setup`, if a task is no recipe of this package or has no lowering.
+        MegaCppError: If the folder is no path; from `setup`, if a task is no recipe of this
+            package or has no lowering.
     """
 
     folder: str = "lowering"
     release: str = DEFAULT_RELEASE
     seams: str = "spec"
     launch: LaunchOptions | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.folder, (str, os.PathLike)):
+            raise LoweringError(
+                "The folder of a LoweringPlugin is a path",
+                given=f"folder={self.folder!r}",
+                allowed="a folder as text, below the run's unless it is absolute",
+                hint="folder='lowering'",
+            )
 
     def setup(self, task: Any, executor: Any) -> None:
         """Write the files of one task."""

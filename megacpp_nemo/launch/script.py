@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,25 @@ def to_script(
         LoweringError: If the recipe has no lowering, or the tree is none or another release's.
         RecipeError: If a NeMo recipe's settings contradict each other.
     """
+    root = _root(megatron_root)
     known = release if isinstance(release, Release) else load_release(release)
     lowering = lower(recipe, release=known, seams=seams, launch=launch)
-    root = Path(megatron_root)
     if check:
         _check_tree(root, known)
     return run.Script(inline=_text(lowering, root))
+
+
+def _root(given: Any) -> Path:
+    """Return the root as a path; `~` is of the machine that runs the script, and is not taken."""
+    text = os.fspath(given) if isinstance(given, (str, os.PathLike)) else None
+    if isinstance(text, str) and text and not text.startswith("~") and not set(text) & set("\n\0"):
+        return Path(text)
+    raise LoweringError(
+        "The root of Megatron-LM is a folder, written out",
+        given=f"megatron_root={given!r}",
+        allowed="a path as one line of text, without ~",
+        hint="megatron_root='/opt/Megatron-LM'",
+    )
 
 
 def _text(lowering: Lowering, root: Path) -> str:

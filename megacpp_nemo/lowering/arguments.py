@@ -11,7 +11,7 @@ and nothing is abbreviated. All that is wrong with a vector is said in one error
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from megacpp_nemo.lowering.values import Wrong, converted
 
 # What argparse takes for a value although it begins with a dash.
 NEGATIVE_NUMBER = re.compile(r"-\d+$|-\d*\.\d+$")
+HELP = "-h"
 MANY = ("*", "+")
 
 
@@ -70,6 +71,10 @@ class Arguments(Mapping[str, Any]):
         """The argument vector in canonical spelling, every value as it was written."""
         return tuple(token for given in self._given.values() for token in given.argv)
 
+    def words(self, flag: str) -> tuple[str, ...]:
+        """Return a flag as it stands in `argv`, with its values."""
+        return self._given[flag].argv
+
 
 @dataclass(frozen=True)
 class DeadFlag:
@@ -88,13 +93,14 @@ def parse(argv: Sequence[str], release: Release) -> Arguments:
     """Return what `argv` gives, as `release`'s own parser would read it.
 
     Raises:
-        LoweringError: Naming everything that is wrong: unknown or abbreviated flags, positional
-            arguments, a wrong number, type or choice of values, a flag given twice.
+        LoweringError: If it is no list of words; or naming everything that is wrong: unknown or
+            abbreviated flags, positional arguments, a wrong number, type or choice of values, a
+            flag given twice.
     """
     given: dict[str, Given] = {}
     wrong: list[Wrong] = []
     by_dest: dict[str, str] = {}
-    for spelling, joined, texts in _grouped(list(map(str, argv)), release, wrong):
+    for spelling, joined, texts in _grouped(_words(argv), release, wrong):
         flag = release.flags.get(spelling)
         if flag is None:
             wrong.append(_unknown(spelling, release))
@@ -116,6 +122,17 @@ def parse(argv: Sequence[str], release: Release) -> Arguments:
     if wrong:
         raise _all(wrong, release)
     return Arguments(given)
+
+
+def _words(argv: Any) -> list[str]:
+    if isinstance(argv, (str, bytes, Mapping)) or not isinstance(argv, Iterable):
+        raise LoweringError(
+            "An argument vector is a list of words",
+            given=repr(argv)[:80],
+            allowed="a list or a tuple of text",
+            hint="shlex.split(TEXT), where it is the text of a command line",
+        )
+    return list(map(str, argv))
 
 
 def dead_flags(arguments: Arguments, release: Release) -> tuple[DeadFlag, ...]:
@@ -147,7 +164,8 @@ def _is_value(token: str, flags: Collection[str]) -> bool:
     """Return whether argparse takes `token` for a value wherever it stands."""
     if not token.startswith("-") or token == "-":
         return True
-    if token.partition("=")[0] in flags:
+    # argparse sees its own `-h` before it sees the space of `-h x`.
+    if token.partition("=")[0] in flags or token.startswith(HELP):
         return False
     return bool(NEGATIVE_NUMBER.match(token)) or " " in token
 

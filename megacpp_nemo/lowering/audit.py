@@ -1,75 +1,25 @@
-"""What changes: one recipe on two releases, or two recipes on one.
+"""What changes when a recipe moves from one release to another.
 
-- `audit(recipe, from_release, to_release)`: which seams graduate, which flags were renamed,
-  removed, became alive or dead, and the command line as it would be.
-- `difference(one, other)`: two lowerings side by side.
+`audit(recipe, from_release, to_release)` says which seams graduate, which flags were renamed,
+removed, became alive or dead, and what the command line and its launch would be.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from megacpp_nemo.contract.errors import LoweringError
 from megacpp_nemo.contract.recipe import HybridRecipe
 from megacpp_nemo.lowering.arguments import parse
+from megacpp_nemo.lowering.difference import Difference, difference
 from megacpp_nemo.lowering.lower import Lowering, lower
 from megacpp_nemo.lowering.plan import Plan, make_plan
 from megacpp_nemo.lowering.releases import Release, load_release
 from megacpp_nemo.lowering.table import TABLE
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """One flag that differs.
-
-    Args:
-        flag: The flag.
-        before: Its values on the one side; None if it is not there.
-        after: Its values on the other.
-    """
-
-    flag: str
-    before: str | None
-    after: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerChange:
-    """One layer whose symbol, role or owner differs; None where one side has no such layer."""
-
-    number: int
-    before: str | None
-    after: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """Two lowerings side by side.
-
-    Args:
-        flags: Flags that differ, by name.
-        layers: Layers that differ.
-        seams_gone: Ids of seams only the first has.
-        seams_new: Ids of seams only the second has.
-    """
-
-    flags: tuple[Change, ...]
-    layers: tuple[LayerChange, ...]
-    seams_gone: tuple[str, ...]
-    seams_new: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the difference as JSON's types."""
-        return {
-            "flags": [asdict(change) for change in self.flags],
-            "layers": [asdict(change) for change in self.layers],
-            "seams_gone": list(self.seams_gone),
-            "seams_new": list(self.seams_new),
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,22 +105,6 @@ def audit(recipe: HybridRecipe, from_release: str | Release, to_release: str | R
     )
 
 
-def difference(one: Lowering, other: Lowering) -> Difference:
-    """Return how two lowerings differ, on one release or on two."""
-    before, after = _flags(one), _flags(other)
-    seams = [[seam.id for seam in lowering.seams] for lowering in (one, other)]
-    return Difference(
-        flags=tuple(
-            Change(flag=flag, before=before.get(flag), after=after.get(flag))
-            for flag in sorted(before.keys() | after.keys())
-            if before.get(flag) != after.get(flag)
-        ),
-        layers=tuple(_layer_changes(one, other)),
-        seams_gone=tuple(name for name in seams[0] if name not in seams[1]),
-        seams_new=tuple(name for name in seams[1] if name not in seams[0]),
-    )
-
-
 def _loaded(release: str | Release) -> Release:
     return release if isinstance(release, Release) else load_release(release)
 
@@ -185,19 +119,6 @@ def _side(recipe: HybridRecipe, release: Release, side: str) -> Lowering:
             allowed=error.allowed,
             hint=error.hint,
         ) from None
-
-
-def _flags(lowering: Lowering) -> dict[str, str]:
-    """Return the command line as flag and the text of its values."""
-    found: dict[str, list[str]] = {}
-    flag = ""
-    for word in lowering.argv:
-        if word.startswith("--"):
-            flag, equals, value = word.partition("=")
-            found[flag] = [value] if equals else []
-        else:
-            found[flag].append(word)
-    return {flag: " ".join(values) for flag, values in found.items()}
 
 
 def _renamed(
@@ -217,17 +138,3 @@ def _woken(asleep: Plan, awake: Plan, flags: set[str]) -> tuple[str, ...]:
             if any(s.flag == flag and s.holds(awake) and not s.holds(asleep) for s in spellings)
         )
     )
-
-
-def _layer_changes(one: Lowering, other: Lowering) -> Iterator[LayerChange]:
-    for index in range(max(len(one.layers), len(other.layers))):
-        sides = [_told(lowering, index) for lowering in (one, other)]
-        if sides[0] != sides[1]:
-            yield LayerChange(number=index + 1, before=sides[0], after=sides[1])
-
-
-def _told(lowering: Lowering, index: int) -> str | None:
-    if index >= len(lowering.layers):
-        return None
-    layer = lowering.layers[index]
-    return f"{layer.symbol} {layer.role.words}, {layer.owner}"

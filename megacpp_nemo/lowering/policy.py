@@ -16,6 +16,7 @@ from typing import Any
 from megacpp_nemo.contract.errors import LoweringError, nearest
 from megacpp_nemo.lowering.plan import Plan
 from megacpp_nemo.lowering.roles import Role
+from megacpp_nemo.lowering.values import spelled
 
 ATTENTION = (Role.ATTENTION, Role.LATENT_ATTENTION, Role.SPARSE_ATTENTION)
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -52,21 +53,31 @@ class LaunchOptions:
     environment: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if isinstance(self.cuda_graphs, str) or not all(
-            isinstance(part, str) for part in self.cuda_graphs
-        ):
-            raise _wrong_option("cuda_graphs", self.cuda_graphs, "a tuple of names", "('attn',)")
-        workers, cache = self.data_workers, self.cache_dir
+        parts, workers, cache = self.cuda_graphs, self.data_workers, self.cache_dir
+        if not isinstance(parts, (tuple, list)) or not all(isinstance(x, str) for x in parts):
+            raise _wrong_option("cuda_graphs", parts, "a tuple of names", "('attn',)")
+        if len(set(parts)) < len(parts):
+            fewer = tuple(dict.fromkeys(parts))
+            raise _wrong_option("cuda_graphs", parts, "each part once", repr(fewer))
+        if not isinstance(self.blackwell, bool):
+            raise _wrong_option("blackwell", self.blackwell, "True or False", "True")
         if workers is not None and (type(workers) is not int or workers < 0):
             raise _wrong_option("data_workers", workers, "a whole number, 0 or more, or None", "2")
-        if cache is not None and (not isinstance(cache, str) or not cache.strip()):
-            raise _wrong_option("cache_dir", cache, "a folder as text, or None", "'/cache'")
+        if cache is not None and not _is_line(cache):
+            raise _wrong_option("cache_dir", cache, "a folder as one line of text, or None", "'/c'")
+        if not isinstance(self.environment, Mapping):
+            raise _wrong_option("environment", self.environment, "text by name", "{'A_1': '1'}")
         for name, value in self.environment.items():
             if not isinstance(name, str) or not VARIABLE.fullmatch(name):
                 raise _wrong_option("environment", name, "letters, digits and _", "{'A_1': '1'}")
-            if not isinstance(value, str) or set(value) & set("\n\0"):
+            if not _is_line(value, blank=True):
                 text = f"{name}={value!r}"
                 raise _wrong_option("environment", text, "one line of text", f"{{{name!r}: '1'}}")
+
+
+def _is_line(text: object, *, blank: bool = False) -> bool:
+    """Whether something is one line of text, without the NUL that ends a variable."""
+    return isinstance(text, str) and not set(text) & set("\n\0") and (blank or bool(text.strip()))
 
 
 def _wrong_option(name: str, value: object, allowed: str, example: str) -> LoweringError:
@@ -151,7 +162,7 @@ def _loading_flags(options: LaunchOptions) -> list[str]:
     if options.data_workers is not None:
         flags += ["--num-workers", str(options.data_workers)]
     if options.cache_dir:
-        flags += ["--data-cache-path", f"{options.cache_dir}/data"]
+        flags += spelled("--data-cache-path", f"{options.cache_dir}/data")
     return flags
 
 
@@ -166,13 +177,24 @@ def _graph_flags(plan: Plan, parts: tuple[str, ...]) -> list[str]:
             parts,
             f"cuda_graphs={','.join(sorted({*parts, 'moe_router'}))}",
         )
-    flags = plan.release.flags
-    place = "--cuda-graph-modules" if "--cuda-graph-modules" in flags else "--cuda-graph-scope"
+    flags, place = plan.release.flags, _graph_flag(plan)
     if flags[place].nargs is None and len(parts) > 1:
         raise _graph_refusal(
             f"Megatron {plan.release.name} captures one part", parts, f"cuda_graphs={parts[0]}"
         )
     return ["--cuda-graph-impl", "transformer_engine", place, *parts]
+
+
+def _graph_flag(plan: Plan) -> str:
+    known = [f for f in ("--cuda-graph-modules", "--cuda-graph-scope") if f in plan.release.flags]
+    if not known:  # of a release file of one's own
+        raise LoweringError(
+            f"Megatron {plan.release.name} captures no parts of a model",
+            given="neither --cuda-graph-modules nor --cuda-graph-scope",
+            allowed="a release with one of them",
+            hint="no cuda_graphs",
+        )
+    return known[0]
 
 
 def _check_graph(plan: Plan, part: str) -> None:
@@ -181,21 +203,25 @@ def _check_graph(plan: Plan, part: str) -> None:
         raise _graph_refusal(
             f"No part to capture is called {part!r}", (part,), f"cuda_graphs={close or 'attn'}"
         )
-    flag = plan.release.flags["--cuda-graph-scope"]
+    flag = plan.release.flags[_graph_flag(plan)]
     if flag.choices and part not in flag.choices:
         offered = [choice for choice in flag.choices if choice in GRAPHS]
         raise _graph_refusal(
             f"Megatron {plan.release.name} cannot capture {part}",
             (part,),
-            f"cuda_graphs={offered[0]}",
+            _graphs_hint(offered[:1]),
         )
     if not plan.has(*GRAPHS[part]):
         have = [name for name, roles in GRAPHS.items() if plan.has(*roles)]
         raise _graph_refusal(
             f"The model has no layers with {part} to capture",
             (part,),
-            f"cuda_graphs={','.join(have)}",
+            _graphs_hint(have),
         )
+
+
+def _graphs_hint(parts: list[str]) -> str:
+    return f"cuda_graphs={','.join(parts)}" if parts else "no cuda_graphs"
 
 
 def _graph_refusal(what: str, parts: tuple[str, ...], hint: str) -> LoweringError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from megacpp_nemo.contract.pattern import BlockFamily
+from megacpp_nemo.lowering.plan import Plan
 from megacpp_nemo.lowering.roles import Role
 from megacpp_nemo.lowering.row import Condition, layers
 
@@ -41,3 +43,25 @@ STRUCTURE = Condition("structure channels", lambda plan: bool(plan.recipe.featur
 OFF_NGRAM = Condition("off, as in Megatron", lambda plan: not plan.recipe.features.ngram_hash)
 OFF_STRUCTURE = Condition("off, as in Megatron", lambda plan: not plan.recipe.features.structure)
 OFF_DOCUMENTS = Condition("off, as in Megatron", lambda plan: not plan.recipe.features.reset_state)
+
+
+def _written(*families: BlockFamily) -> Condition:
+    """Return the condition that one of these families stands in the pattern or in a depth's."""
+
+    def holds(plan: Plan) -> bool:
+        mtp = plan.recipe.model.mtp
+        depth = mtp.pattern.layers if mtp.num_layers else ()
+        return any(family in (*plan.recipe.layers.layers, *depth) for family in families)
+
+    return Condition(f"{' or '.join(family.letter for family in families)} layers", holds)
+
+
+A_OR_D_WRITTEN = _written(BlockFamily.ATTENTION, BlockFamily.SPARSE_ATTENTION)
+E_WRITTEN = _written(BlockFamily.EXPERTS)
+M_WRITTEN = _written(BlockFamily.MAMBA)
+RANKS = Condition("A layers", lambda plan: plan.recipe.has(BlockFamily.ATTENTION))
+CHOSEN_RANKS = Condition(
+    "A layers, with sparse attention on",
+    lambda plan: plan.recipe.features.sparse_attention and RANKS.holds(plan),
+)
+DEPTHS = Condition("prediction depths", lambda plan: plan.recipe.model.mtp.num_layers > 0)

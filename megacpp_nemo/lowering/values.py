@@ -50,6 +50,20 @@ def converted(flag: Flag, spelling: str, texts: tuple[str, ...], joined: bool) -
     return values[0] if flag.nargs in (None, "?") else values
 
 
+def spelled(flag: str, *values: str) -> list[str]:
+    """Return a flag with its values as words that argparse takes for just that.
+
+    A value that begins with a dash is joined by `=`, which takes one value.
+
+    Raises:
+        ValueError: With that value as its argument, if it is one of several.
+    """
+    dashed = [value for value in values if value.startswith("-")]
+    if dashed and len(values) > 1:
+        raise ValueError(dashed[0])
+    return [f"{flag}={values[0]}"] if dashed else [flag, *values]
+
+
 def _switched(flag: Flag, spelling: str) -> Any:
     if flag.action == "store_const":
         return flag.const

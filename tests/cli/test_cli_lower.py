@@ -74,6 +74,28 @@ def test_a_script_for_several_machines_asks_for_their_meeting_point(megacpp):
     assert "RENDEZVOUS:?" in script
 
 
+def test_a_name_of_several_lines_stays_in_its_comment(megacpp):
+    script = megacpp("lower", "nam56r", "name=x\ntouch y", "run_dir=r", "--format", "shell").out
+    assert script.splitlines()[1].startswith("# x touch y on Megatron-LM")
+    assert "\ntouch y" not in script
+
+
+@pytest.mark.parametrize("color", ["always", "never"])
+def test_control_characters_are_shown_in_text(megacpp, color):
+    changes = ("name=a\x1b[2Jb\x9bc", "run_dir=d\u202ee\rf\x07")
+    for words in (
+        ("lower", "nam56r", *changes),
+        ("seams", "nam56r", *changes),
+        ("diff", "nam56r", "nam56r:name=a\x1b[2Jb", "files.run_dir=d\re"),
+        ("audit", "nam56r", *changes, "--from", "0.16.1", "--to", "0.19.0"),
+    ):
+        out = megacpp(*words, "--color", color).out
+        assert out
+        assert "\\x1b[2J" in out
+        assert not set(out) & set("\r\x07\x9b\u202e")
+        assert "\x1b[2J" not in out
+
+
 def test_text_tells_native_from_custom_without_colour(megacpp):
     result = megacpp("lower", "nam56r", "--color", "never")
     assert "\x1b[" not in result.out

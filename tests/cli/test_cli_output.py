@@ -40,17 +40,25 @@ def test_an_existing_file_is_replaced_and_a_link_kept(megacpp, tmp_path):
         ("none/file", "no such file or directory", "--out FILE"),
         ("pipe", "is not an ordinary file", "no --out"),
         ("file/below", "not a directory", "--out FILE"),
+        ("none/", "names a folder, and there is none", "/none"),
+        ("file/", "names a folder, and there is none", "/file"),
     ],
 )
 def test_what_is_no_place_for_a_file_is_refused(megacpp, tmp_path, name, why, hint):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").write_text("kept")
-    result = megacpp(*WORDS, "json", "--out", str(tmp_path / name))
+    result = megacpp(*WORDS, "json", "--out", f"{tmp_path}/{name}")
     assert (result.code, result.out) == (3, "")
     assert why in result.err
     assert hint in result.err
     assert sorted(os.listdir(tmp_path)) == ["file", "pipe"]
     assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_dash_stands_for_standard_output(megacpp, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert megacpp(*WORDS, "json", "--out", "-") == megacpp(*WORDS, "json")
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_refused_recipe_leaves_the_file_as_it_was(megacpp, tmp_path):

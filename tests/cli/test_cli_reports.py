@@ -47,8 +47,15 @@ def test_a_difference_names_fields_flags_seams_and_layers(megacpp):
         assert "features.mamba" in out
 
 
+def test_the_launch_of_each_is_shown(megacpp):
+    for form in ("text", "md"):
+        assert "pretrain_hybrid.py" in megacpp(*AUDIT, "--format", form).out
+        two = megacpp("diff", "nam56r", "nam56r:num_nodes=2", "--format", form).out
+        assert "num_nodes" in two.partition("Launch")[2].partition("Values")[0]
+
+
 def test_a_recipe_does_not_differ_from_itself(megacpp):
-    assert megacpp("diff", "nam52", "nam52").out.count("no difference") == 4
+    assert megacpp("diff", "nam52", "nam52").out.count("no difference") == 5
 
 
 @pytest.mark.parametrize("name", RELEASE_NAMES)

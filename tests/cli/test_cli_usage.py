@@ -48,7 +48,9 @@ def test_the_version_is_the_packages(megacpp):
         ("lower nam56r --format jso", "lower knows no --format 'jso'", "--format json"),
         ("lower nam56r --format", "--format needs a value", "megacpp lower --help"),
         ("lower nam56r --color sometimes", "lower knows no --color 'sometimes'", "--color auto"),
-        ("lower nam56r --data-workers x", "An option takes a whole number", "8"),
+        ("lower nam56r --data-workers x", "--data-workers takes a whole number, 0", "--data-w"),
+        ("lower nam56r --data-workers -1", "--data-workers takes a whole number, 0", "--data-w"),
+        ("lift --release 0.16.1 --num-nodes 0 -- x", "--num-nodes takes a whole number, 1", "--n"),
         ("lower nam56r --env 1A=2", "A variable of the launch is NAME=VALUE", "--env "),
         ("seams nam56r --cuda-graphs attn", "seams has no option --cuda-graphs", "megacpp "),
         ("lift -- --lr 3", "lift needs --release", "megacpp lift --help"),
@@ -61,6 +63,24 @@ def test_the_version_is_the_packages(megacpp):
         ("table none-such", "No setting has this", "megacpp table"),
         ("matrix x", "matrix takes no words", "megacpp matrix --help"),
         ("lower nam56r mode=author_dp --mode nemo_native", "The mode is given twice", "mode="),
+        ("lower nam56r mode=author_dp mode=author_dp", "The mode is given twice", "mode="),
+        ("lower nam56r:mode=author_dp mode=nemo_native", "The mode is given twice", "mode="),
+        ("lower nam56r --release 0.16.1 --release 0.19.0", "--release is given twice", "--rel"),
+        ("lower nam56r --format argv --format=json", "--format is given twice", "--format json"),
+        ("lower nam56r --env A=1 --env A=1", "The variable A is given twice", "--env A=1 alone"),
+        ("lower nam56r --cuda-graphs ,", "--cuda-graphs lists parts, each once", "--cuda-graphs a"),
+        ("lower nam56r --cuda-graphs mamba,mamba", "--cuda-graphs lists parts", "--cuda-graphs m"),
+        ("lower nam56r --cuda-graphs=", "--cuda-graphs lists parts", "--cuda-graphs attn"),
+        ("lower nam56r --out=", "--out needs the name of a file", "--out FILE"),
+        ("releases add x --out -", "releases add writes a file", "--out mine.json"),
+        ("releases add x --out a/", "releases add writes a file", "--out mine.json"),
+        *(
+            (f"{words} -- --lr 1", f"{words.split()[0]} takes no words behind '--'", "megacpp ")
+            for words in (
+                *("lower nam56r", "seams nam56r", "audit nam56r --from 0.16.1 --to 0.19.0"),
+                *("diff nam52 nam56r", "table", "matrix", "releases", "plasticity nam56r"),
+            )
+        ),
     ],
 )
 def test_wrong_usage_ends_with_2_and_a_hint(megacpp, words, what, hint):
@@ -90,6 +110,15 @@ def test_wrong_usage_ends_with_2_and_a_hint(megacpp, words, what, hint):
         ("lower nam56r --seams native", "Unknown way to treat seams", "--seams native-only"),
         ("lower nam56r --seams native-only", "5 seams are left", "--seams spec"),
         ("lower nam56r --cuda-graphs atn", "No part to capture is called", "--cuda-graphs attn"),
+        ("lower nam56r mode=", "Unknown parallelism mode", "--mode nemo_native"),
+        ("lower nam56r --mode=", "Unknown parallelism mode", "--mode nemo_native"),
+        ("lower nam56r --cache-dir=", "--cache-dir cannot be ''", "--cache-dir /"),
+        (
+            "lower nam52 pattern=G sparse_attention=false mtp.num_layers=0 --release 0.19.0 "
+            "--cuda-graphs attn",
+            "The model has no layers with attn to capture",
+            "no --cuda-graphs",
+        ),
         ("lower nam56r --release no.json", "The file of a Megatron-LM release", "another path"),
         ("diff nam56r nam53", "No recipe is called 'nam53'", "nam52"),
         ("releases show 0.20", "No Megatron-LM release is known", "0."),
@@ -102,6 +131,30 @@ def test_a_refusal_ends_with_3_and_a_hint(megacpp, words, what, hint):
     assert (result.code, result.out) == (3, "")
     assert result.err.startswith(f"megacpp: {what}")
     assert f"\n  try:     {hint}" in result.err
+
+
+def test_one_seam_is_left_and_several_are(megacpp):
+    words = ("lower", "nam52", "--release", "0.19.0", "--seams", "native-only")
+    assert megacpp(*words).err.startswith("megacpp: 1 seam is left on Megatron 0.19.0:\n    ngram")
+    assert "megacpp: 2 seams are left" in megacpp(*words, "structure=core").err
+
+
+def test_nothing_behind_two_dashes_is_nothing(megacpp):
+    assert megacpp("table", "rotary", "--") == megacpp("table", "rotary")
+
+
+def test_a_variable_is_one_line(megacpp):
+    result = megacpp("lower", "nam56r", "--env", "A=a\nb")
+    assert result.code == 2
+    assert "given:   --env 'A=a\\nb'" in result.err
+
+
+@pytest.mark.parametrize("text", ["a\x1b[31mb", "a\x9bb", "a\u202eb", "a\rb", "a\x07b"])
+def test_an_error_shows_control_characters(megacpp, text):
+    for words in (("diff", text), ("lower", text), ("lower", "nam56r", "--env", text)):
+        err = megacpp(*words).err
+        assert text not in err
+        assert err.isascii()
 
 
 def test_an_error_is_painted_when_asked_for(megacpp):

@@ -153,6 +153,14 @@ def test_a_folder_that_cannot_be_written_is_told(experiment, tmp_path):
     assert "folder=" in error.hint
 
 
+@pytest.mark.parametrize("folder", [None, 3])
+def test_a_folder_that_is_no_path_is_told(folder):
+    from megacpp_nemo.launch import LoweringPlugin
+
+    with pytest.raises(LoweringError, match="is a path"):
+        LoweringPlugin(folder=folder)
+
+
 def test_a_write_that_fails_leaves_no_folder(tmp_path, monkeypatch):
     from megacpp_nemo.launch.files import write_folder
 

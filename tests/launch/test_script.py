@@ -166,3 +166,9 @@ def test_a_tree_that_only_the_cluster_has_is_not_looked_at():
 def test_what_cannot_be_lowered_has_no_script(megatron):
     assert "seams are left" in refused(megatron(), seams="native-only").what
     assert "No Megatron-LM release" in refused(megatron("0.16.0"), release="0.16.0").what
+
+
+@pytest.mark.parametrize("root", [None, 5, "", "~", "~/Megatron-LM", "a\nb", b"/x"])
+@pytest.mark.parametrize("check", [True, False])
+def test_a_root_that_is_not_written_out_is_refused(root, check):
+    assert "written out" in refused(root, check=check).what

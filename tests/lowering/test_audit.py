@@ -9,7 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megacpp_nemo.contract import LoweringError, recipe
-from megacpp_nemo.lowering.audit import audit, difference
+from megacpp_nemo.lowering.audit import audit
+from megacpp_nemo.lowering.difference import PolicyChange, difference
 from megacpp_nemo.lowering.lower import lower
 from megacpp_nemo.lowering.releases import RELEASE_NAMES, load_release
 from tests.support.recipes import changed, recipes
@@ -27,6 +28,9 @@ def test_nam56r_gains_mla_dsa_and_prediction_depths_from_0_16_1_to_0_19_0():
     assert "--mtp-num-layers" in found.alive
     assert "--experimental-attention-variant" in found.alive
     assert not set(found.alive) & set(found.removed)
+    assert found.difference.policy == (
+        PolicyChange(name="entry_script", before="pretrain_mamba.py", after="pretrain_hybrid.py"),
+    )
     assert found.after == lower(recipe("nam56r"), release="0.19.0")
 
 
@@ -48,7 +52,8 @@ def test_every_change_is_between_the_two_command_lines(made, old, new):
     before, after = lower(made, release=old), lower(made, release=new)
     known = load_release(new).flags
     changes = {change.flag: change for change in found.difference.flags}
-    assert all((change.before is None) <= (flag in after.argv) for flag, change in changes.items())
+    given = {word.partition("=")[0] for word in after.argv}
+    assert all((change.before is None) <= (flag in given) for flag, change in changes.items())
     for flag in found.removed:
         assert flag not in known
         assert changes[flag].after is None
@@ -69,14 +74,15 @@ def test_a_release_against_itself_changes_nothing(made, name):
         assume(False)
     assert found.difference == difference(found.after, found.after)
     assert found.difference.to_dict() == {
-        "flags": [], "layers": [], "seams_gone": [], "seams_new": []
+        "flags": [], "layers": [], "policy": [], "seams_gone": [], "seams_new": []
     }  # fmt: skip
     assert (found.graduated, found.renamed, found.removed, found.alive, found.dead) == ((),) * 5
 
 
 @settings(PROFILE, max_examples=80)
 @given(recipes(), st.sampled_from(("schedule.lr", "model.hidden_size", "model.experts.topk",
-                                   "features.ngram_hash", "features.mamba")))  # fmt: skip
+                                   "features.ngram_hash", "features.mamba", "parallelism.num_nodes",
+                                   "parallelism.context_parallel_size")))  # fmt: skip
 def test_two_recipes_differ_where_their_command_lines_do(made, field):
     other = changed(made, field)
     assume(other is not None)
@@ -87,6 +93,7 @@ def test_two_recipes_differ_where_their_command_lines_do(made, field):
     found = difference(one, two)
     assert bool(found.flags) == (one.argv != two.argv)
     assert bool(found.layers) == (one.layers != two.layers)
+    assert bool(found.policy) == (one.policy != two.policy)
     back = difference(two, one)
     assert [(c.flag, c.after, c.before) for c in found.flags] == [
         (c.flag, c.before, c.after) for c in back.flags

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megacpp_nemo.contract import (
+    RECIPE_NAMES,
     HybridRecipe,
     LoweringError,
     MegaCppError,
+    ParallelismMode,
     field_paths,
     recipe,
     with_paths,
@@ -107,6 +112,76 @@ def test_a_flag_too_many_or_too_few_is_refused_or_said_again_by_the_recipe(made,
     assert again.keys() - left.keys() <= {gone[0].partition("=")[0]}
 
 
+@settings(PROFILE, max_examples=60)
+@given(recipes(), releases, st.data())
+def test_a_flag_that_only_repeats_megatrons_default_may_be_left_out(made, release, data):
+    lowering, known = lowered(made, release), load_release(release)
+    values = parse(lowering.argv, known)
+    repeated = [
+        flag for flag, value in values.items() if told(value) == told(known.flags[flag].default)
+    ]
+    assume(repeated)
+    gone = data.draw(st.sampled_from(repeated))
+    rest = [word for group in groups(lowering) if group[0] != gone for word in group]
+    assert lower(lifted(lowering, rest), release=release).argv == lowering.argv
+
+
+def told(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+@pytest.mark.parametrize("mode", [mode.value for mode in ParallelismMode])
+@pytest.mark.parametrize("name", RECIPE_NAMES)
+@pytest.mark.parametrize("plain", [False, True])
+def test_every_recipe_is_lifted_from_every_release(name, mode, plain):
+    off = {"latent_attention": False, "sparse_attention": False, "ngram_hash": False,
+           "mtp.num_layers": 0, "reset_state": False}  # fmt: skip
+    made = recipe(name, mode=mode, changes=off if plain else {})
+    lowerings = []
+    for release in RELEASE_NAMES:
+        with contextlib.suppress(LoweringError):  # not every release has every recipe
+            lowerings.append(lower(made, release=release))
+    assert lowerings
+    for lowering in lowerings:
+        assert lower(lifted(lowering), release=lowering.release).argv == lowering.argv
+
+
+OWN = (
+    *("--num-attention-heads", "--num-query-groups", "--group-query-attention", "--kv-channels"),
+    *("--num-experts", "--moe-router-topk", "--lr-warmup-iters", "--lr-decay-iters"),
+)
+
+
+@pytest.mark.parametrize(
+    ("more", "fields"),
+    [
+        ({"--num-attention-heads": "12"}, {"model.attention.num_query_groups": 12}),
+        (
+            {"--num-attention-heads": "12", "--group-query-attention": None},
+            {"model.attention.num_query_groups": 1},
+        ),
+        (
+            {"--num-attention-heads": "8", "--num-experts": "2"},
+            {"model.experts.topk": 2, "schedule.warmup_steps": 0},
+        ),
+        (
+            {"--num-attention-heads": "8", "--lr-decay-iters": "100"},
+            {"schedule.warmup_steps": 0, "schedule.decay_steps": 100},
+        ),
+    ],
+)
+def test_what_a_command_leaves_out_is_megatrons_and_not_nam56rs(more, fields):
+    off = {"latent_attention": False, "sparse_attention": False, "ngram_hash": False,
+           "mtp.num_layers": 0, "pattern": "AEM", "hidden_size": 96, "devices_per_node": 1,
+           "tensor_model_parallel_size": 1, "sequence_parallel": False}  # fmt: skip
+    lowering = lower(recipe("nam52", changes=off), release="0.19.0")
+    kept = [word for group in groups(lowering) if group[0] not in OWN for word in group]
+    asked = {"--num-experts": "16", "--lr-decay-iters": "100000", "--kv-channels": "8", **more}
+    said = [word for pair in asked.items() for word in pair if word is not None]
+    back = field_paths(lift([*kept, *said], "0.19.0"))
+    assert {path: back[path] for path in fields} == fields
+
+
 UNKNOWN = ("--unheard-of", "--m2rnn-num-heads", "--multi-token-prediction", "--lr-schedule")
 
 
@@ -154,6 +229,9 @@ def test_a_flag_that_no_recipe_writes_is_refused_with_the_reason(more, said):
     [
         ("--hybrid-override-pattern", "no hybrid layer pattern"),
         ("--normalization", "--normalization is not given: Megatron takes 'LayerNorm'"),
+        ("--disable-bias-linear", "--disable-bias-linear is not given: add --disable-bias-linear"),
+        ("--disable-bias-linear", "  try:     add --disable-bias-linear"),
+        ("--normalization", "  try:     add --normalization RMSNorm"),
         ("--untie-embeddings-and-output-weights", "--untie-embeddings-and-output-weights"),
         ("--lr", "no --lr"),
         ("--spec", "Only the stock spec and this package's can be lifted"),
@@ -193,6 +271,18 @@ def test_parallel_sizes_that_cannot_be_are_refused_at_once(sizes):
 def test_a_number_of_machines_that_is_none_is_refused(nodes):
     with pytest.raises(MegaCppError, match="num_nodes"):
         lift(lower(recipe("nam52_tiny")).argv, "0.16.1", num_nodes=nodes)
+
+
+@pytest.mark.parametrize("devices", [0, -1, "two", 1.5])
+def test_a_number_of_devices_that_is_none_is_refused(devices):
+    with pytest.raises(MegaCppError, match="devices_per_node"):
+        lift(lower(recipe("nam52_tiny")).argv, "0.16.1", devices_per_node=devices)
+
+
+@pytest.mark.parametrize("argv", [None, "--lr 1", b"--lr", 3, {"--lr": 1}])
+def test_what_is_no_list_of_words_is_refused(argv):
+    with pytest.raises(LoweringError, match="An argument vector is a list of words"):
+        lift(argv, "0.16.1")
 
 
 @pytest.mark.parametrize("release", RELEASE_NAMES)

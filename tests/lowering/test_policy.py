@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 from hypothesis import assume, given, settings
@@ -12,7 +13,7 @@ from megacpp_nemo.contract import LoweringError, recipe
 from megacpp_nemo.lowering.arguments import parse
 from megacpp_nemo.lowering.lower import lower
 from megacpp_nemo.lowering.policy import GRAPHS, LaunchOptions
-from megacpp_nemo.lowering.releases import RELEASE_NAMES, load_release
+from megacpp_nemo.lowering.releases import FOLDER, RELEASE_NAMES, load_release
 from tests.support.recipes import recipes
 
 PROFILE = settings.get_profile("lowering")
@@ -61,6 +62,28 @@ def test_graphs_are_spelled_as_the_release_does(release):
     assert arguments["--cuda-graph-impl"] == "transformer_engine"
 
 
+@pytest.mark.parametrize("launch", ["x", {}, 3, {"cache_dir": "/c"}])
+def test_a_launch_that_is_no_options_is_refused(launch):
+    with pytest.raises(LoweringError, match="The launch is told by LaunchOptions"):
+        lower(recipe("nam52"), launch=launch)
+
+
+@pytest.mark.parametrize("folder", ["-x", "--save", "-h x", "-1", "a b"])
+def test_a_cache_below_any_folder_is_read_as_one(folder):
+    lowering = lower(recipe("nam52"), launch=LaunchOptions(cache_dir=folder))
+    given_flags = parse(lowering.command, load_release("0.16.1"))
+    assert given_flags["--data-cache-path"] == f"{folder}/data"
+
+
+def test_the_flags_of_the_launch_are_held_against_the_release(tmp_path):
+    data = json.loads((FOLDER / "0.16.1.json").read_text())
+    del data["flags"]["--num-workers"]
+    data["dead"] = []
+    (tmp_path / "mine.json").write_text(json.dumps(data))
+    with pytest.raises(LoweringError, match="--num-workers is not a flag"):
+        policy(str(tmp_path / "mine.json"), data_workers=2)
+
+
 def test_the_environment_of_the_user_wins():
     variables = policy(environment={"NCCL_NVLS_ENABLE": "1"}).environment
     assert variables["NCCL_NVLS_ENABLE"] == "1"
@@ -94,12 +117,22 @@ def test_the_oldest_release_captures_what_it_offers():
     [
         ("cuda_graphs", "attn"),
         ("cuda_graphs", (3,)),
+        ("cuda_graphs", None),
+        ("cuda_graphs", 3),
+        ("cuda_graphs", ("attn", "attn")),
+        ("blackwell", "no"),
+        ("blackwell", 1),
         ("data_workers", "2"),
         ("data_workers", True),
         ("data_workers", -1),
         ("data_workers", 1.0),
         ("cache_dir", ""),
         ("cache_dir", 3),
+        ("cache_dir", "two\nlines"),
+        ("cache_dir", "a\0b"),
+        ("environment", None),
+        ("environment", ["A=1"]),
+        ("environment", {"A": "a\0b"}),
         ("environment", {"A B": "1"}),
         ("environment", {"": "1"}),
         ("environment", {3: "1"}),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 
 import pytest
 
-from megacpp_nemo.contract.errors import LoweringError
+from megacpp_nemo.contract import LoweringError, recipe
 from megacpp_nemo.lowering.conditions import checked
+from megacpp_nemo.lowering.lift import lift
+from megacpp_nemo.lowering.lower import lower
 from megacpp_nemo.lowering.releases import (
     DEFAULT_RELEASE,
     FOLDER,
@@ -130,6 +133,17 @@ LR = {"--lr": {"action": "store", "type": "float"}}
         (edited(schema=2), "schema 2"),
         (edited(flags=[]), "is damaged"),
         (edited(commit=5), "commit is 5"),
+        ("[" * 100_000, "is not whole JSON"),
+        (edited(package_version="x.y"), "package_version is 'x.y'"),
+        (edited(package_version="1"), "package_version is '1'"),
+        (edited(stage_separator=5), "stage_separator is 5"),
+        (edited(mtp_separator="//"), "mtp_separator is '//'"),
+        (edited(symbols={"MAMBA": "MM"}), "MAMBA is 'MM'"),
+        (edited(stock_spec=[1, 2]), "stock_spec is [1, 2]"),
+        (edited(notes="none"), "notes is 'none'"),
+        (edited(replaced={"--lr": 3}), "--lr is 3"),
+        (edited(flags={"--lr": {"nargs": "x"}}, dead=[]), "--lr takes 'x' values"),
+        (edited(flags={"--lr": {"aliases": [3]}}, dead=[]), "--lr is"),
         (edited(symbols={"WHALE": "W"}), "unknown layers"),
         (edited(dead=[{"flags": ["--nope"], "needs": {"never": True}, "why": ""}]), "--nope"),
         (edited(dead=[{"flags": ["--lr"], "needs": {"odd": 1}, "why": ""}]), "not a condition"),
@@ -145,6 +159,17 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, text, what):
         load_release(path)
     assert str(path) in str(error.value)
     assert what in str(error.value)
+
+
+@pytest.mark.parametrize("key", [key for key in json.loads(WHOLE) if key != "schema"])
+@pytest.mark.parametrize("value", [None, 5, "x.y", "", [], [5], {}, {"x": 5}, [[]], True])
+def test_a_wrong_value_of_any_key_is_refused_or_lowered_to(tmp_path, key, value):
+    path = tmp_path / "mine.json"
+    path.write_text(edited(**{key: value}))
+    plain = {"latent_attention": False, "sparse_attention": False, "ngram_hash": False}
+    with contextlib.suppress(LoweringError):
+        lower(recipe("nam52", changes=plain), release=str(path))
+        lift(["--lr", "1"], str(path))
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path):
