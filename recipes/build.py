@@ -6,6 +6,7 @@ table.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import nemo_run as run
@@ -20,7 +21,9 @@ from nemo.collections import llm
 from nemo.lightning.pytorch.optim import MegatronOptimizerModule
 from nemo.lightning.pytorch.plugins.mixed_precision import MegatronMixedPrecision
 
+from megacpp_nemo.callbacks.schedule import PlasticitySchedule
 from megacpp_nemo.contract import HybridRecipe, Precision
+from megacpp_nemo.contract.plasticity import Plasticity
 from megacpp_nemo.data.module import CppDataModule, IndexedDataModule
 from megacpp_nemo.host.checkpoint import LatestCheckpoints, LatestResume
 from megacpp_nemo.host.progress import RunProgress, RunSummary
@@ -41,6 +44,8 @@ def to_nemo(recipe: HybridRecipe, *, log_dir: str | None = None) -> run.Partial:
         log_dir: Folder of this run; `runs/NAME` if not given.
     """
     frame = _frame(recipe)
+    if recipe.plasticity.on:
+        frame.trainer.callbacks.append(schedule_of(recipe.plasticity.on))
     for path, value in carried(recipe).items():
         _set(frame, path, value)
     frame.model.config.activation_func = ACTIVATIONS[recipe.model.experts.activation]
@@ -48,6 +53,18 @@ def to_nemo(recipe: HybridRecipe, *, log_dir: str | None = None) -> run.Partial:
     if log_dir is not None:
         frame.log.explicit_log_dir = str(log_dir)
     return frame
+
+
+def schedule_of(levers: Iterable[str], **arguments: Any) -> run.Config:
+    """Return the callback of levers: `PlasticitySchedule`, nothing set but what is given.
+
+    Args:
+        levers: Names of the levers that it is to have.
+        arguments: Arguments of each of them.
+    """
+    kinds = {name: type(getattr(Plasticity(), name)) for name in levers}
+    plasticity = {name: run.Config(kind, **arguments) for name, kind in kinds.items()}
+    return run.Config(PlasticitySchedule, plasticity=run.Config(Plasticity, **plasticity))
 
 
 def model_config(recipe: HybridRecipe) -> run.Config:
@@ -105,8 +122,14 @@ def _set_precision(frame: run.Partial, precision: Precision) -> None:
 
 
 def _set(config: Any, path: str, value: Any) -> None:
-    """Set a dotted path in a configuration whose inner configurations exist."""
+    """Set a dotted path in a configuration whose inner configurations exist.
+
+    The entry of a list is named by its class.
+    """
     *parents, name = path.split(".")
     for parent in parents:
-        config = getattr(config, parent)
+        if isinstance(config, list):
+            config = next(entry for entry in config if entry.__fn_or_cls__.__name__ == parent)
+        else:
+            config = getattr(config, parent)
     setattr(config, name, value)

@@ -6,7 +6,8 @@ path of a checkpoint, and drops an option it does not know. `install` wraps the 
 the arguments. What NeMo-Run understands stays as it is; what it does not becomes an error that
 can be acted on. Nor does Fiddle append the whole configuration to an error of ours.
 
-The reading also gives a data part that is named by `data=` the recipe's row length and batches.
+The reading also gives a data part that is named by `data=` the recipe's row length and batches,
+and holds the levers among the callbacks to the rules of a recipe's own.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ from megacpp_nemo.contract.rules import check_batch
 from megacpp_nemo.contract.training import Batch
 from megacpp_nemo.host.strategy import HybridStrategy
 from megacpp_nemo.lowering.table import ROWS
-from megacpp_nemo.recipes import explain
+from megacpp_nemo.recipes import explain, reading
 from megacpp_nemo.recipes.corpora import keep_recipe_arguments
+from megacpp_nemo.recipes.levers import check_levers
 
 
 def install() -> None:
     """Explain wrong arguments from now on; a second call changes nothing."""
+    reading.install()
     upstream, decorate = RunContext.parse_fn, reraised_exception.decorate_exception
     if getattr(upstream, "explains", False):
         return
@@ -62,8 +65,8 @@ def read(parse: Callable[[list[str]], Any], name: str, args: list[str]) -> Any:
         args: The overrides, each `PATH=VALUE`.
 
     Raises:
-        MegaCppError: If there is no such recipe, an override does not fit it, or the parallel
-            sizes and the batch do not fit each other.
+        MegaCppError: If there is no such recipe, an override does not fit it, the parallel sizes
+            and the batch do not fit each other, or a lever would not act.
     """
     with _quiet():
         try:
@@ -84,21 +87,26 @@ def read(parse: Callable[[list[str]], Any], name: str, args: list[str]) -> Any:
             explain.part(result, path, value)
         if path == "data":
             keep_recipe_arguments(recipe.data, result.data)
-    check_sizes(result)
+    if _is_ours(result):
+        check_sizes(result)
+        check_levers(result)
     return result
+
+
+def _is_ours(recipe: Any) -> bool:
+    """Whether a recipe is trained as ours are: the rules speak of no other."""
+    strategy = getattr(recipe.trainer, "strategy", None)
+    return getattr(strategy, "__fn_or_cls__", None) is HybridStrategy
 
 
 def check_sizes(recipe: Any) -> None:
     """Check parallel sizes and batch as a recipe's; NeMo has assertions for them.
 
-    A recipe with another strategy, or with devices that are not a number, is not checked.
+    A recipe with devices that are not a number is not checked.
 
     Raises:
         RecipeError: If they do not fit each other.
     """
-    strategy = getattr(recipe.trainer, "strategy", None)
-    if getattr(strategy, "__fn_or_cls__", None) is not HybridStrategy:
-        return
     sizes: dict[str, dict[str, Any]] = {"parallelism": {}, "batch": {}}
     for row in ROWS:
         group, _, field = row.field.rpartition(".")

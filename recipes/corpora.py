@@ -5,8 +5,7 @@
 
 Such a part says where the rows come from; how long they are, and how many make a batch, stays
 the recipe's (`use_data`). Every other argument of a data module is an override, such as
-`data.num_workers=2`. So is a list, because NeMo-Run cuts a part's arguments at every comma:
-`data=indexed_files data.paths=['30','/data/a','70','/data/b']`.
+`data.num_workers=2`.
 """
 
 # NeMo-Run reads these annotations to parse its command line: it resolves neither annotations

@@ -21,10 +21,12 @@ from nemo_run.config import get_type_namespace
 
 from megacpp_nemo.contract import MegaCppError, RecipeError
 from megacpp_nemo.contract.errors import nearest
+from megacpp_nemo.recipes.reading import elements
 
 FACTORY = re.compile(r"(\w+)(?:\(.*\))?", re.DOTALL)
 OVERRIDE = re.compile(r"([\w.\[\]]+)\s*[-+*/|&]?=(.+)", re.DOTALL)
 HELP = "nemo llm pretrain --help"
+CALLBACKS = "trainer.callbacks"
 
 
 def factory_name(text: str) -> str:
@@ -47,10 +49,13 @@ def value_at(recipe: Any, path: str) -> Any:
 
 
 def check_form(args: Sequence[str]) -> None:
-    """Raise RecipeError unless every argument is an override.
+    """Raise RecipeError unless every argument is an override that NeMo-Run reads as it is meant.
 
-    NeMo-Run drops options that it does not know, such as a misspelled `--dry-run`.
+    It drops options that it does not know, such as a misspelled `--dry-run`; of two overrides
+    such as `path+=` it drops the first; and a callback that is added without being in a list is
+    taken apart into what it is made of.
     """
+    added: dict[str, str] = {}
     for arg in args:
         if not OVERRIDE.fullmatch(arg):
             raise RecipeError(
@@ -59,6 +64,33 @@ def check_form(args: Sequence[str]) -> None:
                 allowed=f"the options of {HELP}, or PATH=VALUE",
                 hint="--dryrun, --yes, trainer.max_steps=100",
             )
+        before, _, value = arg.partition("=")
+        if before[-1] not in "+-*/|&":
+            continue
+        path = before[:-1].strip()
+        if path == CALLBACKS and not value.lstrip().startswith("["):
+            raise RecipeError(
+                f"What is added to {CALLBACKS} is a list",
+                given=arg,
+                allowed=f"{CALLBACKS}+=[CALLBACK, ...]",
+                hint=f"{before}=[{value.strip()}]",
+            )
+        if before in added:
+            raise RecipeError(
+                f"{before}= is given twice, and NeMo-Run keeps the last",
+                given=f"{added[before]}, {arg}",
+                allowed="each operation on a path once",
+                hint=_joined(added[before], arg),
+            )
+        added[before] = arg
+
+
+def _joined(one: str, other: str) -> str:
+    """Return two additions to a list as one; the second, where they are none."""
+    before, _, value = one.partition("=")
+    first, second = elements(value), elements(other.partition("=")[2])
+    lists = value.lstrip().startswith("[")
+    return f"{before}=[{','.join([*first, *second])}]" if lists else f"{other} alone"
 
 
 def overrides(recipe: Any, args: Sequence[str]) -> None:
@@ -75,6 +107,9 @@ def overrides(recipe: Any, args: Sequence[str]) -> None:
         except Exception as error:
             if "." not in path:
                 part(recipe, path, value)
+            if path == CALLBACKS:
+                for element in elements(value):
+                    _made(recipe.trainer, path, annotation, element)
             raise RecipeError(
                 f"{path} cannot be {value!r}",
                 given=arg,
@@ -95,12 +130,22 @@ def part(recipe: Any, path: str, value: str) -> None:
     if not name or Path(value).exists():
         return
     annotation = inspect.signature(recipe.__fn_or_cls__).parameters[path].annotation
+    _made(recipe, path, annotation, value)
+
+
+def _made(owner: Any, path: str, annotation: Any, value: str) -> None:
+    """Raise what is wrong with a factory and its arguments, named where `annotation` stands.
+
+    Raises:
+        MegaCppError: If there is no such factory, or its arguments do not fit it.
+    """
+    name, last = factory_name(value), path.rpartition(".")[2]
     known = factories(*extract_constituent_types(annotation))
     if name not in known:
         ours = [key for key, fn in known.items() if fn.__module__.startswith("megacpp_nemo")]
-        raise unknown(path, name, ours, known)
+        raise unknown(last.rstrip("s"), name or value, ours, known)
     try:
-        cli_parser.parse_factory(recipe.__fn_or_cls__, path, annotation, value)
+        cli_parser.parse_factory(owner.__fn_or_cls__, last, annotation, value)
     except MegaCppError:
         raise
     except Exception as error:
@@ -108,7 +153,7 @@ def part(recipe: Any, path: str, value: str) -> None:
             f"{name} cannot be made with these arguments",
             given=f"{path}={value}",
             allowed=", ".join(inspect.signature(known[name]).parameters),
-            hint=f"{path}={name}",
+            hint=name if path == CALLBACKS else f"{path}={name}",
         ) from error
 
 
@@ -132,6 +177,13 @@ def _annotation(recipe: Any, path: str, arg: str) -> Any:
             owner = cli_parser.parse_attribute(name, owner)
         except cli_parser.CLIException:
             raise _no_setting(owner, name, arg) from None
+        except ValueError:  # a dataclass in a recipe, made anew where it is not configured
+            raise RecipeError(
+                f"The recipe leaves {name} at its defaults, and nothing below it can be overridden",
+                given=arg,
+                allowed=f"what is configured beside it: {', '.join(owner.__arguments__)}",
+                hint=f"{name} as an argument of the recipe, or in another callback",
+            ) from None
     parameters = _parameters(owner)
     name = last.partition("[")[0]
     if name in parameters:

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from megacpp_nemo.cli.screen import Screen, in_color
+from megacpp_nemo.cli.screen import Screen, in_color, visible
 from megacpp_nemo.contract.errors import MegaCppError
 
 # What Python calls `lower(..., release="0.19.0")` is `--release 0.19.0` here.
@@ -16,6 +16,8 @@ OPTIONS = {
     "mode": "--mode",
     "name": "--name",
     "out": "--out",
+    "target": "--target",
+    "cache_dir": "--cache-dir",
     "--format": "--format",
     "--color": "--color",
 }
@@ -23,21 +25,25 @@ WORDS = {
     "megacpp_nemo.contract.field_paths()": "megacpp table",
     "`add_release`": "megacpp releases add",
     "overwrite=True": "--replace",
+    "no cuda_graphs": "no --cuda-graphs",
     "cuda_graphs=": "--cuda-graphs ",
+    "LaunchOptions.cuda_graphs": "--cuda-graphs",
+    "LaunchOptions.cache_dir": "--cache-dir",
 }
 _KEYWORD = re.compile(rf"(?<![\w.-])({'|'.join(OPTIONS)})='([^']*)'")
 _TUPLE = re.compile(r"(?<==)\(([^()]*)\)")
+_EMPTY = "''"
 _STYLES = {"given": "", "allowed": "", "try": "green"}
 
 
 def told(error: MegaCppError, words: Sequence[str]) -> str:
     """Return an error as text, coloured if standard error is a terminal."""
     screen = Screen(color=in_color(_color(words), sys.stderr))
-    first, *rest = error.what.splitlines() or [""]
+    first, *rest = visible(as_words(error.what)).split("\n")
     lines = [f"{screen.paint('megacpp:', 'red')} {screen.paint(first, 'bold')}", *rest]
     for name, part in (("given", error.given), ("allowed", error.allowed), ("try", error.hint)):
         if part is not None:
-            text = as_words(part if isinstance(part, str) else repr(part))
+            text = visible(as_words(part if isinstance(part, str) else repr(part)))
             label = screen.paint(f"{name + ':':<8}", "dim")
             lines.append(f"  {label} {screen.paint(text, _STYLES[name])}")
     return "\n".join(lines)
@@ -47,7 +53,7 @@ def as_words(text: str) -> str:
     """Return a part of an error as one would type it in a shell."""
     for code, word in WORDS.items():
         text = text.replace(code, word)
-    text = _KEYWORD.sub(lambda match: f"{OPTIONS[match[1]]} {match[2]}", text)
+    text = _KEYWORD.sub(lambda match: f"{OPTIONS[match[1]]} {match[2] or _EMPTY}", text)
     text = _TUPLE.sub(lambda match: _listed(match[1]), text)
     # A lone name in quotes, as Python writes it.
     return re.sub(r"^'([\w.-]+)'$", r"\1", text)

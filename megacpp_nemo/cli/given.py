@@ -9,24 +9,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from types import UnionType
-from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from megacpp_nemo.cli.usage import UsageError
 from megacpp_nemo.contract import HybridRecipe, RecipeError, recipe
-from megacpp_nemo.contract.recipe import resolve_field
+from megacpp_nemo.contract.checks import Kind
+from megacpp_nemo.contract.recipe import kind_of, resolve_field
 
 NOTHING = ("null", "none")
 MODE = "mode"
 # A colon begins a change only where `name=` follows, so values may hold colons.
 _CHANGE = re.compile(r":(?=[A-Za-z_][\w.]*=)")
-
-
-class Kind(NamedTuple):
-    """A field's type, and whether it may be nothing."""
-
-    type: Any
-    optional: bool
+# An item of a list: text in double quotes, which may hold commas, or what stands before a comma.
+_ITEM = re.compile(r'("(?:[^"\\]|\\.)*"|[^,]*),', re.DOTALL)
 
 
 def read_recipe(word: str, changes: Sequence[str] = (), mode: str | None = None) -> HybridRecipe:
@@ -38,25 +33,30 @@ def read_recipe(word: str, changes: Sequence[str] = (), mode: str | None = None)
     """
     name, *own = _CHANGE.split(word)
     fields, modes = read_changes([*own, *changes])
-    if modes and mode and modes != mode:
-        raise UsageError(
-            "The mode is given twice",
-            given=f"--mode {mode}, mode={modes}",
-            allowed="one of the two",
-            hint=f"mode={modes} alone",
-        )
-    return recipe(name, mode=modes or mode or "nemo_native", changes=fields)
+    if modes is not None and mode is not None and modes != mode:
+        raise _two_modes(f"--mode {mode}", f"mode={modes}")
+    chosen = [found for found in (modes, mode) if found is not None]
+    return recipe(name, mode=chosen[0] if chosen else "nemo_native", changes=fields)
+
+
+def _two_modes(one: str, other: str) -> UsageError:
+    return UsageError(
+        "The mode is given twice",
+        given=f"{one}, {other}",
+        allowed="one of the two",
+        hint=f"{other} alone",
+    )
 
 
 def read_changes(words: Sequence[str]) -> tuple[dict[str, Any], str | None]:
     """Return the fields that words change, by path, and the mode if one of them is `mode=`.
 
     Raises:
-        UsageError: If a word is no `field=value`.
+        UsageError: If a word is no `field=value`, or the mode is given twice.
         RecipeError: If there is no such field, or one is changed twice.
     """
     fields: dict[str, Any] = {}
-    mode = None
+    mode: str | None = None
     for word in words:
         name, equals, text = word.partition("=")
         if not equals or not name:
@@ -67,6 +67,8 @@ def read_changes(words: Sequence[str]) -> tuple[dict[str, Any], str | None]:
                 hint=f"{name or 'depth'}=VALUE; megacpp table lists the fields",
             )
         if name == MODE:
+            if mode is not None:
+                raise _two_modes(f"{MODE}={mode}", word)
             mode = text
             continue
         path = resolve_field(name)
@@ -81,26 +83,12 @@ def read_changes(words: Sequence[str]) -> tuple[dict[str, Any], str | None]:
     return fields, mode
 
 
-def kind_of(path: str) -> Kind:
-    """Return the kind of the field at a dotted path."""
-    kind = Kind(HybridRecipe, False)
-    for name in path.split("."):
-        kind = _kind(get_type_hints(kind.type, include_extras=True)[name])
-    return kind
-
-
-def _kind(hint: Any) -> Kind:
-    optional = get_origin(hint) in (Union, UnionType)
-    inner = get_args(hint)[0] if optional else hint
-    return Kind(get_args(inner)[0] if get_origin(inner) is Annotated else inner, optional)
-
-
 def read_value(text: str, kind: Kind) -> Any:
     """Return a value as its field holds it; what cannot be read is kept for the field to refuse."""
     if kind.optional and text.lower() in NOTHING:
         return None
-    if get_origin(kind.type) is tuple:
-        return _read_tuple(text, _kind(get_args(kind.type)[0]))
+    if kind.item:
+        return _read_tuple(text, kind.item)
     if kind.type is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
     if kind.type in (int, float):
@@ -124,7 +112,10 @@ def _read_tuple(text: str, item: Kind) -> Any:
         except ValueError:
             return text
         return tuple(listed)
-    return tuple(read_value(part, item) for part in text.split(",")) if text else ()
+    parts = _ITEM.findall(f"{text},") if text else []
+    if any(part.startswith('"') and _unquoted(part) == part for part in parts):
+        return text
+    return tuple(read_value(part, item) for part in parts)
 
 
 def _unquoted(text: str) -> str:

@@ -9,7 +9,7 @@ from megacpp_nemo.cli.script import launch
 from megacpp_nemo.cli.strip import layer_strip, legend, marks, style_of
 from megacpp_nemo.lowering.features import Feature, Status, ranges
 from megacpp_nemo.lowering.lower import Lowering
-from megacpp_nemo.lowering.seams import Seam
+from megacpp_nemo.lowering.seams import Kind, Seam
 
 PACKAGE = "megacpp_nemo."
 STATUS_STYLES = {
@@ -113,11 +113,21 @@ def _reasons(seam: Seam, mark: str, screen: Screen) -> Iterator[str]:
         ("why", seam.reason),
         ("graduates", f"with {seam.graduates}"),
         ("evidence", seam.evidence),
-        ("owner", seam.owner + ("" if seam.built else ", which refuses it: not built yet")),
+        ("owner", seam.owner + _of_unbuilt(seam)),
         ("off", seam.off),
     )
     for name, text in rows:
         yield f"  {screen.paint(f'{name:<10}', 'dim')} " + screen.wrapped(text, " " * 13)
+
+
+def _of_unbuilt(seam: Seam) -> str:
+    """Return what the owner of a seam that is not built does instead, as the end of a line."""
+    if seam.built:
+        return ""
+    in_nemo = seam.kind is Kind.CALLBACK
+    return (
+        ", in a NeMo run; the spec refuses it" if in_nemo else ", which refuses it: not built yet"
+    )
 
 
 def _open(lowering: Lowering, screen: Screen) -> Iterator[str]:

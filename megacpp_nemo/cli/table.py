@@ -14,6 +14,7 @@ from megacpp_nemo.contract import field_paths
 from megacpp_nemo.lowering.ownership import version_of
 from megacpp_nemo.lowering.releases import Release, load_release
 from megacpp_nemo.lowering.row import EVERY, Row, Spelling
+from megacpp_nemo.lowering.rows_plasticity import NAMES as LEVER_NAMES
 from megacpp_nemo.lowering.spec_name import MODEL
 from megacpp_nemo.lowering.table import TABLE
 
@@ -42,6 +43,7 @@ GROUPS = (
     ("schedule", "Optimizer and schedule"),
     ("cadence", "Cadence"),
     ("files", "Files"),
+    *((f"plasticity.{lever}", f"Lever: {name}") for lever, name in LEVER_NAMES.items()),
 )
 FIXED, HOST = "Fixed by every recipe", "Fixed for NeMo alone"
 OWNERS = {

@@ -16,7 +16,8 @@ NeMo recipe that carry it, Megatron-LM's flags, and who owns it. A flag stands w
 of Megatron-Core in which it holds, all where none are named, and with the layers that read it,
 every model where none are named: in other models it is not written. Where no flag can say a
 setting, the name of this package's spec carries it as the `key` after *spec*, for the models
-named. A path marked *object* holds an object of torch or NeMo rather than the value."""
+named. A path marked *object* holds an object of torch or NeMo rather than the value;
+`PlasticitySchedule` in a path is the entry of that class in the list."""
 
 
 def document(

@@ -12,6 +12,10 @@ from typing import Any, NamedTuple, NoReturn
 from megacpp_nemo.cli.screen import COLORS
 from megacpp_nemo.contract.errors import MegaCppError, lookup, nearest
 
+# What `whole_number` says is wrong, for `Parser.error` to say with the option's name.
+TAKES, GIVEN = "takes ", "; given "
+DIGITS = 18
+
 
 class UsageError(MegaCppError):
     """Words that the command does not take."""
@@ -33,13 +37,14 @@ COMMANDS = (
     Command("diff", "changes", "how two recipes differ"),
     Command("table", "table", "every setting and all its places"),
     Command("matrix", "matrix", "which recipes lower to which releases, with which seams"),
+    Command("plasticity", "plasticity", "what a lever touches in a model, or did in a run"),
     Command("releases", "releases", "the Megatron releases that are known, and new ones"),
 )
 
 
 def overview() -> str:
     """Return the help of the whole command."""
-    commands = "\n".join(f"  {command.name:<9} {command.summary}" for command in COMMANDS)
+    commands = "\n".join(f"  {command.name:<10} {command.summary}" for command in COMMANDS)
     return f"""\
 usage: megacpp COMMAND ...
 
@@ -59,11 +64,51 @@ Exit status: 0 done, 2 wrong usage, 3 refused.
 """
 
 
+class _Once(argparse.Action):
+    """Keeps the value of an option that is given once."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Keep the value; refuse another one."""
+        if self.dest in namespace.seen:
+            raise UsageError(
+                f"{option_string} is given twice",
+                given=f"{option_string} {getattr(namespace, self.dest)}, {option_string} {values}",
+                allowed="one of the two",
+                hint=f"{option_string} {values} alone",
+            )
+        namespace.seen.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
-    """The options of one command. Words that are no options are kept in `words`."""
+    """The options of one command. Words that are no options are kept in `words`.
+
+    Args:
+        name: The command.
+        takes: What it takes, in short.
+        about: What it does.
+        examples: Commands to learn from.
+        formats: What `--format` may be, the default first.
+        takes_rest: Whether words may stand behind `--`.
+        exact_text: Whether its text is read by commands too, and must be the same everywhere.
+    """
 
     def __init__(
-        self, name: str, takes: str, about: str, examples: Sequence[str], formats: Sequence[str]
+        self,
+        name: str,
+        takes: str,
+        about: str,
+        examples: Sequence[str],
+        formats: Sequence[str],
+        *,
+        takes_rest: bool = False,
+        exact_text: bool = False,
     ) -> None:
         listed = "\n".join(f"  {example}" for example in examples)
         super().__init__(
@@ -76,6 +121,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         self.name, self.takes, self.formats = name, takes, tuple(formats)
+        self.takes_rest, self.exact_text = takes_rest, exact_text
         self.spellings: list[str] = []
         self.add("--format", metavar="F", default=formats[0], help=", ".join(formats))
         self.add("--out", metavar="FILE", help="write to this file, whole or not at all")
@@ -83,9 +129,9 @@ class Parser(argparse.ArgumentParser):
         self.add("--help", "-h", action="store_true", help="show this")
 
     def add(self, *spellings: str, **more: Any) -> None:
-        """Add an option; as `add_argument`."""
+        """Add an option; as `add_argument`, and given once unless `action` says otherwise."""
         self.spellings += spellings
-        self.add_argument(*spellings, **more)
+        self.add_argument(*spellings, **{"action": _Once, **more})
 
     def asks_for_help(self, words: Sequence[str]) -> bool:
         """Whether help is asked for, before `--`."""
@@ -96,15 +142,21 @@ class Parser(argparse.ArgumentParser):
         """Return the options, with the other words as `words` and those behind `--` as `rest`.
 
         Raises:
-            UsageError: If an option is unknown or incomplete, or there is no such format.
+            UsageError: If an option is unknown, incomplete or given twice, there is no such
+                format, or words stand behind `--` and mean nothing there.
         """
         cut = words.index("--") if "--" in words else len(words)
-        given, others = self.parse_known_args(list(words[:cut]))
+        seen = argparse.Namespace(seen=set())
+        given, others = self.parse_known_args(list(words[:cut]), seen)
         for word in others:
             if word.startswith("-") and word != "-":
                 self._refuse_option(word.partition("=")[0])
         given.command, given.words = self.name, others
         given.rest = list(words[cut + 1 :]) if cut < len(words) else None
+        if given.rest and not self.takes_rest:
+            self.refuse(f"{self.name} takes no words behind '--'", " ".join(words[cut:]))
+        if given.out == "":
+            self.refuse("--out needs the name of a file", "--out ''", hint="--out FILE")
         for option, choices in (("format", self.formats), ("color", COLORS)):
             known = {choice: choice for choice in choices}
             value = getattr(given, option)
@@ -120,6 +172,11 @@ class Parser(argparse.ArgumentParser):
             self.refuse(f"{self.name} needs {problem}", "neither" if "," in problem else "none")
         if problem.startswith("expected"):
             self.refuse(f"{name} needs a value", f"{name} alone")
+        if problem.startswith(TAKES):
+            allowed, _, text = problem.removeprefix(TAKES).partition(GIVEN)
+            raise UsageError(
+                f"{name} takes {allowed}", given=f"{name} {text}", allowed=allowed, hint=f"{name} 8"
+            )
         self.refuse(f"{self.name} cannot read its options", message)
 
     def one_word(self, given: argparse.Namespace, what: str) -> str:
@@ -152,16 +209,14 @@ def whole_number(least: int) -> Callable[[str], int]:
     """Return what reads the value of an option that takes a whole number.
 
     Raises:
-        UsageError: If it reads something else, or less than `least`.
+        ArgumentTypeError: If it reads something else, or less than `least`; `Parser.error` says
+            so with the option's name.
     """
 
     def read(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise UsageError(
-                "An option takes a whole number",
-                given=repr(text),
-                allowed=f"a whole number, {least} or more",
-                hint=f"{max(least, 8)}",
+        if not text.isdecimal() or len(text) > DIGITS or int(text) < least:
+            raise argparse.ArgumentTypeError(
+                f"{TAKES}a whole number, {least} or more{GIVEN}{text!r}"
             )
         return int(text)
 

@@ -60,7 +60,7 @@ class Checked:
 
     def __post_init__(self) -> None:
         owner: Any = type(self)
-        for name, kind in _kinds(owner).items():
+        for name, kind in kinds_of(owner).items():
             value = getattr(self, name)
             try:
                 object.__setattr__(self, name, _accepted(kind, value))
@@ -73,43 +73,51 @@ class Checked:
                 ) from None
 
 
-class _Kind(NamedTuple):
+class Kind(NamedTuple):
     """An annotation taken apart: `Annotated[type, rule] | None`."""
 
     type: Any
-    rule: Rule | None
-    optional: bool
+    rule: Rule | None = None
+    optional: bool = False
+
+    @property
+    def item(self) -> Kind | None:
+        """The kind of a tuple's items; None for anything else."""
+        return _kind(get_args(self.type)[0]) if get_origin(self.type) is tuple else None
 
 
 @functools.cache
-def _kinds(owner: type) -> dict[str, _Kind]:
+def kinds_of(owner: type) -> dict[str, Kind]:
+    """Return the kind of each field of a dataclass."""
     hints = get_type_hints(owner, include_extras=True)
     return {name: _kind(hint) for name, hint in hints.items()}
 
 
-def _kind(hint: Any) -> _Kind:
+def _kind(hint: Any) -> Kind:
     optional = get_origin(hint) in (Union, UnionType)
     inner = get_args(hint)[0] if optional else hint
     if get_origin(inner) is Annotated:
         base, rule = get_args(inner)
-        return _Kind(base, rule, optional)
-    return _Kind(inner, None, optional)
+        return Kind(base, rule, optional)
+    return Kind(inner, None, optional)
 
 
-def _accepted(kind: _Kind, value: Any) -> Any:
+def _accepted(kind: Kind, value: Any) -> Any:
     """Return `value` as the field holds it, or raise ValueError or OverflowError."""
     if value is None and kind.optional:
         return None
-    held = _typed(kind.type, value)
+    held = _typed(kind, value)
     if kind.rule and not kind.rule.accepts(held):
         raise ValueError
     return held
 
 
-def _typed(expected: Any, value: Any) -> Any:
-    if get_origin(expected) is tuple:
-        item = _kind(get_args(expected)[0])
-        return tuple(_accepted(item, element) for element in _typed((list, tuple), value))
+def _typed(kind: Kind, value: Any) -> Any:
+    expected = kind.type
+    if kind.item:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError
+        return tuple(_accepted(kind.item, element) for element in value)
     if isinstance(value, bool) and expected is not bool:
         raise ValueError
     if expected is float and isinstance(value, int):
@@ -119,17 +127,17 @@ def _typed(expected: Any, value: Any) -> Any:
     return value
 
 
-def _in_words(kind: _Kind) -> str:
+def _in_words(kind: Kind) -> str:
     if kind.rule:
         words = kind.rule.text
-    elif get_origin(kind.type) is tuple:
-        words = f"a tuple or list, each {_in_words(_kind(get_args(kind.type)[0]))}"
+    elif kind.item:
+        words = f"a tuple or list, each {_in_words(kind.item)}"
     else:
         words = "True or False" if kind.type is bool else f"a {kind.type.__name__}"
     return f"{words}, or None" if kind.optional else words
 
 
-def _suggestion(owner: Any, name: str, kind: _Kind, value: Any) -> str:
+def _suggestion(owner: Any, name: str, kind: Kind, value: Any) -> str:
     """Return the choice closest to `value`, or else the field's default, as source text."""
     close = nearest(value, kind.rule.choices) if kind.rule else None
     if close is not None:

@@ -11,7 +11,7 @@ seams.
 Each family comes in three sizes: full; `_smoke`, all 52 layers at toy width; `_tiny`, one
 tile of the pattern at small width, which trains on a CPU. The small sizes keep the block
 families and the code path, and leave off what only pays at full size (DSA, multi-token
-prediction, n-gram memory).
+prediction, n-gram memory). STP, where it is on, begins after a tenth of their shorter runs, too.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 from megacpp_nemo.contract.errors import lookup
 from megacpp_nemo.contract.pattern import FULL_NAM52_PATTERN, FULL_NAM56R_PATTERN, LayerPattern
+from megacpp_nemo.contract.plasticity import Plasticity, StpLever
 from megacpp_nemo.contract.recipe import HybridRecipe, with_paths
 from megacpp_nemo.contract.shapes import (
     AttentionShape,
@@ -164,6 +165,7 @@ def _tiny(recipe: HybridRecipe) -> HybridRecipe:
             lr=3e-3, min_lr=3e-4, warmup_steps=20, decay_steps=240, train_steps=240
         ),
         cadence=Cadence(eval_interval=60, eval_batches=8, save_interval=60, log_interval=5),
+        plasticity=Plasticity(stp=StpLever(start_step=24)),
     )
 
 
@@ -178,6 +180,7 @@ def _smoke(recipe: HybridRecipe) -> HybridRecipe:
             lr=1e-3, min_lr=1e-4, warmup_steps=2, decay_steps=20, train_steps=20
         ),
         cadence=Cadence(eval_interval=10, eval_batches=2, save_interval=10, log_interval=1),
+        plasticity=Plasticity(stp=StpLever(start_step=2)),
     )
 
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from typing import Annotated, Any
 
-from megacpp_nemo.contract.checks import Checked, Positive, Text, one_of
+from megacpp_nemo.contract.checks import Checked, Kind, Positive, Text, kinds_of, one_of
 from megacpp_nemo.contract.errors import RecipeError, nearest
 from megacpp_nemo.contract.pattern import FULL_NAM56R_PATTERN, BlockFamily, LayerPattern
+from megacpp_nemo.contract.plasticity import Plasticity
 from megacpp_nemo.contract.rules import check_recipe
 from megacpp_nemo.contract.shapes import ModelShape
 from megacpp_nemo.contract.training import (
@@ -48,6 +49,7 @@ class HybridRecipe(Checked):
         cadence: What happens how often.
         files: Where the run reads and writes.
         features: What the model is made of beyond its pattern.
+        plasticity: Levers on the run in progress, all off by default.
 
     Raises:
         PatternError: If the pattern cannot be read or does not fit `depth`.
@@ -68,6 +70,7 @@ class HybridRecipe(Checked):
     cadence: Cadence = field(default_factory=Cadence)
     files: Files = field(default_factory=Files)
     features: Features = field(default_factory=Features)
+    plasticity: Plasticity = field(default_factory=Plasticity)
 
     def __post_init__(self) -> None:
         if not isinstance(self.pattern, LayerPattern):
@@ -116,6 +119,14 @@ def field_paths(owner: Any = HybridRecipe) -> dict[str, Any]:
         else:
             leaves[item.name] = value
     return leaves
+
+
+def kind_of(path: str) -> Kind:
+    """Return the kind of the leaf field at a dotted path: its type, and whether it may be None."""
+    kind = Kind(HybridRecipe)
+    for name in path.split("."):
+        kind = kinds_of(kind.type)[name]
+    return kind
 
 
 def with_fields(recipe: HybridRecipe, **changes: Any) -> HybridRecipe:

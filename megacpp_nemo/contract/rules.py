@@ -3,6 +3,8 @@
 - `check_model`: pattern against shapes and features.
 - `check_layout`: shapes and pattern against the parallel sizes (in `layout`).
 - `check_batch`: batch against the parallel sizes.
+- `check_plasticity`: levers against the pattern and the length of the run (in
+  `plasticity_rules`).
 
 The runtime calls the same functions on the values it is about to build, so an override on
 NeMo's command line meets the same rules as a recipe written in Python. Blocks that the pattern
@@ -16,13 +18,14 @@ from typing import TYPE_CHECKING
 from megacpp_nemo.contract.errors import RecipeError
 from megacpp_nemo.contract.layout import check_layout, nearest_multiple
 from megacpp_nemo.contract.pattern import BlockFamily, LayerPattern
+from megacpp_nemo.contract.plasticity_rules import check_plasticity
 from megacpp_nemo.contract.shapes import ModelShape
 from megacpp_nemo.contract.training import Batch, Features, Parallelism, Precision
 
 if TYPE_CHECKING:
     from megacpp_nemo.contract.recipe import HybridRecipe
 
-__all__ = ["check_batch", "check_layout", "check_model", "check_recipe"]
+__all__ = ["check_batch", "check_layout", "check_model", "check_plasticity", "check_recipe"]
 
 
 def check_recipe(recipe: HybridRecipe) -> None:
@@ -36,6 +39,13 @@ def check_recipe(recipe: HybridRecipe) -> None:
     check_model(layers, recipe.model, recipe.features)
     check_layout(layers, recipe.model, recipe.features, recipe.parallelism)
     check_batch(recipe.batch, recipe.parallelism)
+    check_plasticity(
+        recipe.plasticity,
+        layers,
+        recipe.features,
+        context_parallel_size=recipe.parallelism.context_parallel_size,
+        train_steps=recipe.schedule.train_steps,
+    )
     if recipe.files.data_path and recipe.corpus != "indexed":
         raise RecipeError(
             "Indexed files are read only by a recipe whose corpus is indexed",

@@ -101,12 +101,12 @@ def claimed(recipe: HybridRecipe, leaves: Leaves) -> dict[str, str]:
     known = places(recipe)
     found: dict[str, str] = {}
     problems: list[_Problem] = []
-    for path, value in sorted(leaves.values.items()):
+    for path in sorted(leaves.values):
         claimant = _beside(path, leaves, known)
         if claimant is not None:
             found[path] = claimant
         else:
-            problems.append(_problem(path, value, known))
+            problems.append(_problem(path, leaves, known))
     problems.extend(_missing(known, leaves))
     if problems:
         raise LoweringError(
@@ -148,23 +148,24 @@ def _same(expected: Any, value: Any) -> bool:
         return False
 
 
-def _problem(path: str, value: Any, known: Mapping[str, Place]) -> _Problem:
-    given = f"{path}={shown(value)}"
+def _problem(path: str, leaves: Leaves, known: Mapping[str, Place]) -> _Problem:
+    here = leaves.place(path)
+    given, without = f"{here}={shown(leaves.values[path])}", f"without {here}"
     if path in known:
         place = known[path]
         said = "every recipe" if place.claimant in (FIXED, HOST) else place.claimant
-        what = f"{path} is not what {said} says"
-        return _Problem(what, given, f"{path}={place.value!r}", f"{path}={place.value!r}")
+        expected = f"{here}={place.value!r}"
+        return _Problem(f"{here} is not what {said} says", given, expected, expected)
     if path in HOST_LEAVES:
-        return _Problem(f"{path} is no whole number", given, "a whole number", f"without {path}")
+        return _Problem(f"{here} is no whole number", given, "a whole number", without)
     asleep = next((row.field for row in ROWS if path in row.nemo), None)
     if asleep:
-        what = f"{path} is read by nothing in this model ({asleep})"
-        return _Problem(what, given, f"{path} unset", f"without {path}")
+        what = f"{here} is read by nothing in this model ({asleep})"
+        return _Problem(what, given, f"{here} unset", without)
     parent, _, name = path.rpartition(".")
     close = nearest(name, [other.rpartition(".")[2] for other in known if other.startswith(parent)])
-    hint = f"without {path}" + (f", or {parent}.{close}" if close else "")
-    return _Problem(f"{path} has no place in a recipe", given, f"{path} unset", hint)
+    hint = without + (f", or {here.rpartition('.')[0]}.{close}" if close else "")
+    return _Problem(f"{here} has no place in a recipe", given, f"{here} unset", hint)
 
 
 def _missing(known: Mapping[str, Place], leaves: Leaves) -> Iterator[_Problem]:

@@ -19,8 +19,9 @@ from megacpp_nemo.contract.recipe import HybridRecipe, with_paths
 from megacpp_nemo.contract.training import Precision
 from megacpp_nemo.lowering.accounting import ACTIVATION, HOST_LEAVES, claimed
 from megacpp_nemo.lowering.leaves import ABSENT, Leaves, read_leaves, shown
-from megacpp_nemo.lowering.nodes import check_nodes
+from megacpp_nemo.lowering.nodes import check_nodes, corpus_of
 from megacpp_nemo.lowering.policy import LaunchOptions
+from megacpp_nemo.lowering.schedules import with_one_schedule
 from megacpp_nemo.lowering.table import CONFIG, ROWS, Row
 
 ACTIVATIONS = {"gelu": "gelu", "squared_relu": "squared_relu", "silu": "swiglu"}
@@ -56,11 +57,12 @@ def account(partial: Any) -> dict[str, str]:
         RecipeError, PatternError: If the settings do not make a recipe.
     """
     leaves = _leaves(partial)
-    return claimed(_recipe(leaves), leaves)
+    claims = claimed(_recipe(leaves), leaves)
+    return {leaves.place(path): claimant for path, claimant in claims.items()}
 
 
 def _leaves(partial: Any) -> Leaves:
-    """Return the leaves of a recipe, its data paths in one form."""
+    """Return the leaves of a recipe, its data paths in one form and its levers in one place."""
     leaves = read_leaves(partial)
     if "" not in leaves.nodes:
         raise LoweringError(
@@ -69,9 +71,10 @@ def _leaves(partial: Any) -> Leaves:
             allowed="a HybridRecipe, or a nemo_run.Partial made by a recipe of this package",
             hint="megacpp_nemo.contract.recipe('nam56r'), or megacpp_nemo.recipes.nam56r()",
         )
+    check_nodes(leaves)
     if "data.paths" in leaves.values:
         leaves.values["data.paths"] = _prefixes(leaves.values["data.paths"])
-    return leaves
+    return with_one_schedule(leaves)
 
 
 def _prefixes(paths: Any) -> tuple[str, ...] | None:
@@ -98,11 +101,10 @@ def _prefixes(paths: Any) -> tuple[str, ...] | None:
 
 
 def _recipe(leaves: Leaves) -> HybridRecipe:
-    corpus = check_nodes(leaves)
     _refuse_disagreement(leaves)
     changes = {
         **_fields(leaves),
-        "corpus": corpus,
+        "corpus": corpus_of(leaves),
         "model.experts.activation": _activation(leaves),
         "precision": _precision(leaves),
     }
@@ -157,7 +159,7 @@ def _unspelled(row: Row, path: str, value: Any) -> Any:
             f"{path} cannot be read as {row.field}",
             given=f"{path}={shown(value)}",
             allowed="what a recipe puts there",
-            hint=f"the recipe's own argument {_argument(row)}",
+            hint=f"the recipe's own argument {row.field.replace('.', '__')}",
         ) from None
 
 
@@ -199,7 +201,7 @@ def _made(changes: dict[str, Any], leaves: Leaves) -> HybridRecipe:
         ]
         raise type(error)(
             f"The NeMo recipe's settings do not make a recipe: {error.what}",
-            given=", ".join(named) or error.given,
+            given=error.given if "plasticity." in text else ", ".join(named) or error.given,
             allowed=error.allowed,
             hint=f"{error.hint}, as an argument of the recipe",
         ) from None

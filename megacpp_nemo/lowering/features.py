@@ -5,14 +5,18 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
+from megacpp_nemo.contract.plasticity import StpLever
 from megacpp_nemo.lowering.plan import NATIVE, Plan
 from megacpp_nemo.lowering.roles import Role
+from megacpp_nemo.lowering.rows_plasticity import NAMES as LEVER_NAMES
+from megacpp_nemo.lowering.rows_plasticity import lever_of
 from megacpp_nemo.lowering.seams import SEAMS
 
 
 class Status(str, enum.Enum):
-    """Whose a feature is. An experimental one is a seam that nothing here builds yet."""
+    """Whose a feature is. An experimental one is a seam that the command line does not get yet."""
 
     NATIVE = "native"
     SEAM = "seam"
@@ -27,7 +31,7 @@ class Feature:
     Args:
         name: The feature.
         status: Whose it is.
-        place: Where it attaches: layers, A-ranks, ranks or a stage.
+        place: Where it attaches: layers, A-ranks, ranks or a stage; and when, for a lever.
         seam: Id of its seam; empty if it is native or off.
     """
 
@@ -37,8 +41,6 @@ class Feature:
     seam: str = ""
 
 
-# Callbacks have no flag in any release, and no recipe field yet.
-CALLBACKS = ("FIRE", "DASH", "ReDo", "STP")
 MAMBA = (Role.MAMBA, Role.AUTHOR_MAMBA)
 
 
@@ -62,7 +64,7 @@ def placement(plan: Plan) -> tuple[Feature, ...]:
         ),
         _of_seam("n-gram hash", recipe.features.ngram_hash, embedding, "ngram-hash"),
         _of_seam("structure", bool(recipe.features.structure), embedding, "structure"),
-        *(Feature(name=name, status=Status.OFF, place="") for name in CALLBACKS),
+        *(_of_lever(plan, lever, name) for lever, name in LEVER_NAMES.items()),
     )
 
 
@@ -77,6 +79,30 @@ def _of_layers(plan: Plan, name: str, *roles: Role) -> Feature:
         place += f"; A-ranks {ranges(chosen)}" if chosen else ""
     owners = {layer.owner for layer in own} - {NATIVE}
     return _of_seam(name, True, place, min(owners, default=""))
+
+
+def _of_lever(plan: Plan, lever: str, name: str) -> Feature:
+    own = [seam for seam in plan.seams if seam.id == lever]
+    if not own:
+        return Feature(name=name, status=Status.OFF, place="")
+    place = f"layers {ranges(own[0].layers)}; {_when(lever_of(plan.recipe, lever))}"
+    return _of_seam(name, True, place, lever)
+
+
+def _when(lever: Any) -> str:
+    """Return in words when a lever that is on acts."""
+    words = []
+    if steps := getattr(lever, "steps", ()):
+        words.append(f"step{'s' * (len(steps) > 1)} {', '.join(map(str, steps))}")
+    if boundaries := getattr(lever, "boundaries", ()):
+        words.append(f"{' and '.join(boundaries)} boundaries")
+    if interval := getattr(lever, "interval", 0):
+        words.append(f"every {interval} steps")
+    if interval := getattr(lever, "report_interval", 0):
+        words.append(f"reports every {interval} steps")
+    if isinstance(lever, StpLever):
+        words.append(f"after step {lever.start_step}" if lever.weight else "measured only")
+    return ", ".join(words)
 
 
 def _of_seam(name: str, on: bool, place: str, seam: str) -> Feature:

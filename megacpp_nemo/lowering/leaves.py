@@ -10,7 +10,7 @@ import inspect
 import numbers
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 ABSENT = object()
@@ -24,10 +24,16 @@ class Leaves:
         values: Every set leaf by its path, spelled as on NeMo's command line
             (`trainer.callbacks[0].refresh_rate`); lists are tuples, and paths are text.
         nodes: The class or function of every node by its path; the configuration's own is at ``.
+        places: Where a leaf stands that is known under another path than its own.
     """
 
     values: dict[str, Any]
     nodes: dict[str, Any]
+    places: dict[str, str] = field(default_factory=dict)
+
+    def place(self, path: str) -> str:
+        """Return the path of a leaf as it is spelled on NeMo's command line."""
+        return self.places.get(path, path)
 
     def default(self, path: str) -> Any:
         """Return what the owner of a leaf takes when it is not set; ABSENT if it does not say."""

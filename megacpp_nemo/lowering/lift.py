@@ -14,13 +14,12 @@ from typing import Any
 from megacpp_nemo.contract.errors import LoweringError
 from megacpp_nemo.contract.recipe import HybridRecipe, with_paths
 from megacpp_nemo.contract.training import Precision
-from megacpp_nemo.lowering.arguments import Arguments, dead_flags, parse
+from megacpp_nemo.lowering.arguments import MANY, Arguments, dead_flags, parse
 from megacpp_nemo.lowering.lower import Lowering, lower
-from megacpp_nemo.lowering.ownership import version_of
 from megacpp_nemo.lowering.plan import Plan, make_plan
-from megacpp_nemo.lowering.releases import Release, load_release
+from megacpp_nemo.lowering.releases import Flag, Release, load_release
 from megacpp_nemo.lowering.structure import structure_of
-from megacpp_nemo.lowering.table import ROWS, TABLE, Row
+from megacpp_nemo.lowering.table import ROWS, Row
 
 GROUPS = "--group-query-attention"
 # Megatron's fallback where a flag is absent and its default is None.
@@ -30,6 +29,7 @@ FALLBACK: dict[str, Callable[[Mapping[str, Any]], Any]] = {
         (args.get("--hidden-size") or 0) // (args.get("--num-attention-heads") or 1) or None
     ),
     "model.ffn_hidden_size": lambda args: 4 * (args.get("--hidden-size") or 0) or None,
+    "model.experts.shared_expert_size": lambda args: 0,
 }
 
 
@@ -60,32 +60,36 @@ def lift(
     known = release if isinstance(release, Release) else load_release(release)
     arguments = parse(argv, known)
     values = dict(arguments)
-    structure = structure_of(values, known)
+    said = {**structure_of(values, known), **_switches(values)}
+    fewest = _fewest(values, num_nodes) if devices_per_node is None else devices_per_node
     fields = {
-        **_given(values, known),
-        **structure,
+        **said,
         "parallelism.num_nodes": num_nodes,
-        "parallelism.devices_per_node": devices_per_node or _fewest(values, num_nodes),
+        "parallelism.devices_per_node": fewest,
         **_sizes(values),
-        **_switches(values),
+        **_read(values, make_plan(_outline(said, values), known)),
     }
-    recipe = with_paths(HybridRecipe(), fields)
-    plan = make_plan(recipe, known)
-    fields |= _read(values, plan)
     recipe = with_paths(HybridRecipe(), fields)
     _compare(arguments, lower(recipe, release=known), known)
     return recipe
 
 
-def _given(values: Mapping[str, Any], release: Release) -> dict[str, Any]:
-    """Return what each given flag says by itself, whether or not a layer reads it."""
-    version = version_of(release.package_version)
-    return {
-        row.field: row.flags[-1].back(_single(values[row.flags[-1].flag], row))
-        for row in ROWS
-        if row.owner not in ("policy", "pattern") and row.field not in SEVERAL and row.flags
-        if row.flags[-1].flag in values and row.flags[-1].in_version(version)
+def _outline(said: Mapping[str, Any], values: Mapping[str, Any]) -> HybridRecipe:
+    """Return a recipe with these layers and stages, and no other size of the command.
+
+    It is there to tell which flags are read. Until that is known nothing stands for a flag that
+    is not given, and the rules between sizes would speak of sizes that nobody gave.
+    """
+    stages = values.get("--pipeline-model-parallel-size", 1)
+    outline = {
+        **{path: value for path, value in said.items() if not path.startswith("plasticity.")},
+        "model.latent.layernorm": bool(values.get("--qk-layernorm")),
+        "parallelism.pipeline_model_parallel_size": stages,
+        "parallelism.devices_per_node": max(stages, 1),
+        "batch.micro_batch_size": 1,
+        "batch.global_batch_size": max(stages, 1),
     }
+    return with_paths(HybridRecipe(), outline)
 
 
 def _sizes(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,19 +147,12 @@ def _read(values: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
         spelling = next((s for s in reversed(row.flags) if _read_by(s, row, plan)), None)
         if spelling is None:
             continue
-        value = values.get(spelling.flag, plan.release.flags[spelling.flag].default)
-        if row.field == "model.attention.num_query_groups" and not values.get(GROUPS):
-            value = None
-        if value is None and row.field in FALLBACK:
-            value = FALLBACK[row.field](values)
-        if value is None and row.field in ("model.experts.shared_expert_size",):
-            value = 0
-        if value is None and _optional(row.field):
-            continue
-        if value is None:
+        flag = plan.release.flags[spelling.flag]
+        value = _value(row, flag, values)
+        if value is not None:
+            fields[row.field] = spelling.back(_listed(value, flag))
+        elif not _optional(row.field):
             missing.append(spelling.flag)
-            continue
-        fields[row.field] = spelling.back(_single(value, row))
     if missing:
         raise LoweringError(
             "The command line leaves open what a recipe has to say",
@@ -168,52 +165,76 @@ def _read(values: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     return fields
 
 
+def _value(row: Row, flag: Flag, values: Mapping[str, Any]) -> Any:
+    """Return what a flag says for a row, given or not; None where Megatron has no value either."""
+    value = values.get(flag.name, flag.default)
+    if row.field == "model.attention.num_query_groups" and not values.get(GROUPS):
+        value = None
+    return FALLBACK[row.field](values) if value is None and row.field in FALLBACK else value
+
+
 def _optional(field: str) -> bool:
     return field.startswith("files.") or field == "parallelism.expert_tensor_parallel_size"
 
 
 def _read_by(spelling: Any, row: Row, plan: Plan) -> bool:
+    if spelling.flag not in plan.release.flags:  # of a release file of one's own
+        return False
     if row.field.startswith("files."):
         # Whether these are given is what is being asked.
         return True
     return bool(spelling.holds(plan))
 
 
-def _single(value: Any, row: Row) -> Any:
-    """Return a default that stands for a list as a list."""
-    several = row.field == "model.experts.aux_loss_coeff"
-    return (value,) if several and not isinstance(value, (tuple, list)) else value
+def _listed(value: Any, flag: Flag) -> Any:
+    """Return a value of a flag that takes several as a tuple, also a default that is just one."""
+    return (value,) if flag.nargs in MANY and not isinstance(value, (tuple, list)) else value
 
 
 def _compare(given: Arguments, lowering: Lowering, release: Release) -> None:
     """Refuse every difference between what was given and what the recipe lowers to."""
-    ours = dict(parse(lowering.argv, release))
-    theirs = dict(given)
-    problems: list[tuple[str, str]] = []
+    written = parse(lowering.argv, release)
+    theirs, ours = dict(given), dict(written)
     dead = {item.flag: item.why for item in dead_flags(given, release)}
-    fixed = {s.flag for row in TABLE if not row.field for s in row.flags}
-    for flag in theirs.keys() | ours.keys():
+    problems: list[tuple[str, str]] = []
+    missing: list[str] = []
+    for flag in sorted(theirs.keys() | ours.keys()):
         default = release.flags[flag].default
         here, there = theirs.get(flag, default), ours.get(flag, default)
         if flag in dead:
             problems.append((flag, f"is dead: {dead[flag]}"))
-        elif here == there or (flag not in theirs and _implied(flag, there, theirs)):
+        elif _alike(here, there) or (flag not in theirs and _implied(flag, there, theirs)):
             continue
         elif flag not in ours:
             problems.append((flag, "has no place in a recipe"))
-        elif flag in fixed and flag not in theirs:
-            problems.append((flag, f"is not given: Megatron takes {here!r}, recipes {there!r}"))
+        elif flag not in theirs:
+            missing.append(" ".join(written.words(flag)))
+            takes = "" if isinstance(there, bool) else f" Megatron takes {here!r};"
+            problems.append((flag, f"is not given:{takes} add {missing[-1]}"))
         else:
             problems.append((flag, f"is {here!r}, and a recipe can only say {there!r}"))
     if problems:
-        problems.sort()
-        raise LoweringError(
-            "This command line is not one that a recipe can say:\n    "
-            + "\n    ".join(f"{flag} {why}" for flag, why in problems),
-            given=" ".join(flag for flag, _ in problems),
-            allowed="the flags of the correspondence table (megacpp table)",
-            hint="without these flags, or with the values above",
-        )
+        raise _unsayable(problems, missing)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two values are the same, a single one and a list of just that included."""
+    listed = [tuple(v) if isinstance(v, (tuple, list)) else (v,) for v in (one, other)]
+    return listed[0] == listed[1]
+
+
+def _unsayable(problems: Sequence[tuple[str, str]], missing: Sequence[str]) -> LoweringError:
+    hints = ["add " + " ".join(missing)] if missing else []
+    if len(problems) > len(missing):
+        others = "the other" if missing else "these"
+        hints.append(f"without {others} flags, or with the values above")
+    return LoweringError(
+        "This command line is not one that a recipe can say:\n    "
+        + "\n    ".join(f"{flag} {why}" for flag, why in problems),
+        given=" ".join(flag for flag, _ in problems),
+        allowed="the flags of the correspondence table (megacpp table)",
+        hint="; ".join(hints),
+    )
 
 
 def _implied(flag: str, value: Any, theirs: Mapping[str, Any]) -> bool:
@@ -222,6 +243,5 @@ def _implied(flag: str, value: Any, theirs: Mapping[str, Any]) -> bool:
     implied = {
         "--kv-channels": hidden // heads if hidden and heads else None,
         "--ffn-hidden-size": 4 * hidden if hidden else None,
-        "--max-position-embeddings": None,
     }
     return flag in implied and implied[flag] == value

@@ -17,15 +17,21 @@ from typing import Any
 
 from megacpp_nemo.contract.errors import LoweringError, lookup
 from megacpp_nemo.contract.recipe import HybridRecipe
-from megacpp_nemo.lowering.arguments import dead_flags, parse
 from megacpp_nemo.lowering.features import Feature, placement
 from megacpp_nemo.lowering.plan import Plan, PlannedLayer, make_plan
 from megacpp_nemo.lowering.policy import LaunchOptions, LaunchPolicy, make_policy
+from megacpp_nemo.lowering.refusals import (
+    refuse_dead,
+    refuse_other_launch,
+    refuse_seams,
+    refuse_unowned,
+)
 from megacpp_nemo.lowering.releases import DEFAULT_RELEASE, Release, load_release
-from megacpp_nemo.lowering.seams import Seam
+from megacpp_nemo.lowering.seams import Kind, Seam
 from megacpp_nemo.lowering.settings import Setting, flag_words, settings_of
 from megacpp_nemo.lowering.spec_name import SPEC_MODULE
 from megacpp_nemo.lowering.table import TABLE
+from megacpp_nemo.lowering.values import spelled
 
 SCHEMA = 1
 SEAM_MODES = ("spec", "native-only")
@@ -122,22 +128,23 @@ def lower(
         field="seams",
         error=LoweringError,
     )
+    refuse_other_launch(launch)
     if not isinstance(recipe, HybridRecipe):
         from megacpp_nemo.lowering.configuration import read_nemo
 
         recipe, launch = read_nemo(recipe, launch)
     known = release if isinstance(release, Release) else load_release(release)
     plan = make_plan(recipe, known)
-    _refuse_unowned(plan)
+    refuse_unowned(plan)
     if seams == "native-only":
-        _refuse_seams(plan)
-    argv = tuple(_argv(plan))
-    _check(argv, known)
+        refuse_seams(plan)
+    argv, policy = tuple(_argv(plan)), make_policy(plan, launch)
+    refuse_dead((*argv, *policy.arguments), known)
     return Lowering(
         name=recipe.name,
         release=known.name,
         argv=argv,
-        policy=make_policy(plan, launch),
+        policy=policy,
         seams=plan.seams,
         layers=plan.layers,
         prediction=plan.prediction,
@@ -157,9 +164,8 @@ def spec_settings(plan: Plan) -> dict[str, Any]:
 
 
 def _argv(plan: Plan) -> Iterator[str]:
-    flag, pattern = plan.release.pattern_flag, plan.pattern
-    # A value that begins with the symbol of an MLP would be taken for a flag.
-    yield from (f"{flag}={pattern}",) if pattern.startswith("-") else (flag, pattern)
+    # It may begin with the symbol of an MLP.
+    yield from spelled(plan.release.pattern_flag, plan.pattern)
     stock = plan.release.stock_spec
     name = str(plan.spec_name(spec_settings(plan)))
     yield from ("--spec", *((SPEC_MODULE, name) if plan.seams else stock))
@@ -172,55 +178,14 @@ def _argv(plan: Plan) -> Iterator[str]:
             yield from words
 
 
-def _refuse_unowned(plan: Plan) -> None:
-    if plan.recipe.features.reset_attention_mask:
-        raise LoweringError(
-            "Nobody keeps attention within documents on Megatron's command line: "
-            "--reset-attention-mask makes a mask that Transformer Engine's causal attention "
-            "does not read",
-            given="features.reset_attention_mask=True",
-            allowed="False",
-            hint="features.reset_attention_mask=false",
-        )
-    if plan.seams and not plan.release.carries_spec:
-        raise LoweringError(
-            f"Nobody owns these on Megatron {plan.release.name}: "
-            + ", ".join(f"{seam.id} ({seam.what})" for seam in plan.seams),
-            given=f"release {plan.release.name}",
-            allowed="a release this package's spec supports: 0.16.1 or later",
-            hint="release='0.16.1', or " + ", ".join(seam.off for seam in plan.seams),
-        )
-
-
-def _refuse_seams(plan: Plan) -> None:
-    if plan.seams:
-        raise LoweringError(
-            f"{len(plan.seams)} seams are left on Megatron {plan.release.name}:\n    "
-            + "\n    ".join(f"{seam.id}: {seam.what}; {seam.reason}" for seam in plan.seams),
-            given="seams='native-only'",
-            allowed="a recipe that the release owns whole",
-            hint="seams='spec', or " + "; ".join(seam.off for seam in plan.seams),
-        )
-
-
-def _check(argv: tuple[str, ...], release: Release) -> None:
-    """Hold the result against the release itself: every flag known, typed and read."""
-    dead = dead_flags(parse(argv, release), release)
-    if dead:
-        raise LoweringError(
-            f"Megatron {release.name} would accept these and no layer would read them:\n    "
-            + "\n    ".join(f"{item.flag}: {item.why}" for item in dead),
-            given=" ".join(item.flag for item in dead),
-            allowed="flags that a layer of this model reads",
-            hint="another release; the correspondence table says where each flag holds",
-        )
-
-
 def _open(plan: Plan) -> Iterator[Open]:
     for seam in plan.seams:
         if not seam.built:
+            where = "is not built on Megatron's command line"
+            if seam.kind is Kind.CALLBACK:
+                where = "acts in a NeMo run only"
             yield Open(
-                what=f"{seam.what} is not built on Megatron's command line: the spec refuses it",
+                what=f"{seam.what} {where}: the spec refuses it",
                 settle=seam.off
                 + (f", or a release from {seam.native_since}" if seam.native_since else ""),
             )

@@ -6,6 +6,7 @@ from typing import NoReturn
 
 from megacpp_nemo.contract.errors import LoweringError
 from megacpp_nemo.lowering.leaves import Leaves, name_of, shown
+from megacpp_nemo.lowering.schedules import SCHEDULE_CLASS, SCHEDULE_NODES, entry_of
 
 ENTRY = "nemo.collections.llm.api.pretrain"
 FINETUNE = "nemo.collections.llm.api.finetune"
@@ -41,7 +42,8 @@ HOST_CALLBACKS = (
 )
 # What users know these by, and what to do instead.
 ADVICE = {
-    "trainer.callbacks": "the recipe without it: callbacks run in NeMo only",
+    "trainer.callbacks": "the recipe without it: callbacks run in NeMo only, and of all of them "
+    "a recipe knows the levers of PlasticitySchedule",
     "trainer.plugins": "precision='bf16', 'fp8' or 'fp32' as an argument of the recipe",
     "data": "indexed_files(paths=PREFIX, tokenizer_dir=FOLDER) of megacpp_nemo.recipes",
     "resume.restore_config": "the recipe without it: Megatron's script resumes from its own "
@@ -50,8 +52,8 @@ ADVICE = {
 }
 
 
-def check_nodes(leaves: Leaves) -> str:
-    """Return the corpus of a recipe.
+def check_nodes(leaves: Leaves) -> None:
+    """Check that a configuration is made of a recipe's classes, each in its place.
 
     Raises:
         LoweringError: If a class is not a recipe's, or one of the recipe's is missing.
@@ -71,14 +73,21 @@ def check_nodes(leaves: Leaves) -> str:
             allowed="a configuration of " + ", ".join(_allowed(missing[0])),
             hint=f"{missing[0]} of a recipe of megacpp_nemo.recipes, with only leaves overridden",
         )
+
+
+def corpus_of(leaves: Leaves) -> str:
+    """Return the corpus of a recipe whose nodes were checked."""
     return DATA[name_of(leaves.nodes["data"])]
 
 
 def _allowed(path: str) -> tuple[str, ...]:
     if path == "data":
         return tuple(DATA)
-    if path.startswith("trainer.callbacks["):
-        return HOST_CALLBACKS
+    if entry := entry_of(path):
+        below = entry[1]
+        if not below:
+            return (*HOST_CALLBACKS, SCHEDULE_CLASS)
+        return (SCHEDULE_NODES[below],) if below in SCHEDULE_NODES else ()
     known = NODES | OPTIONAL_NODES
     return (known[path],) if path in known else ()
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from megacpp_nemo.contract.errors import LoweringError
 from megacpp_nemo.contract.pattern import LayerPattern
+from megacpp_nemo.contract.plasticity_rules import acted_layers
 from megacpp_nemo.contract.recipe import HybridRecipe
 from megacpp_nemo.contract.training import Precision
 from megacpp_nemo.lowering.ownership import (
@@ -219,3 +220,5 @@ def _other_seams(plan: Plan) -> Iterator[Seam]:
     stateful = (Role.MAMBA, Role.AUTHOR_MAMBA, Role.GATED_DELTA_NET, Role.RECURRENT)
     if features.reset_state and plan.has(*stateful):
         yield SEAMS["documents"].at(x.number for x in plan.layers if x.role in stateful)
+    for name in recipe.plasticity.on:
+        yield SEAMS[name].at(acted_layers(recipe.plasticity, name, recipe.layers, features))

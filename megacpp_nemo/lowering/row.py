@@ -104,6 +104,7 @@ class Row:
         owner: `megatron`, `spec`, `megatron or spec` (by release), `policy` (the launch),
             `pattern` (it decides the layers), `recipe` (it means nothing to Megatron) or `host`
             (it means something to NeMo only).
+        decides: When a setting of the pattern decides any layer.
         note: Why there is no path or flag, or what is special.
     """
 
@@ -118,6 +119,7 @@ class Row:
     spec: Condition | None = None
     stock: Condition | None = None
     owner: str = "megatron"
+    decides: Condition = EVERY
     note: str = ""
 
     def value(self, recipe: HybridRecipe) -> Any:

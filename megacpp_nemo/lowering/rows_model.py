@@ -5,10 +5,15 @@ from __future__ import annotations
 from megacpp_nemo.contract.pattern import BlockFamily
 from megacpp_nemo.contract.recipe import HybridRecipe
 from megacpp_nemo.lowering.readers import (
+    A_OR_D_WRITTEN,
+    CHOSEN_RANKS,
     DENSE,
+    DEPTHS,
     DOCUMENTS,
+    E_WRITTEN,
     GROUPED,
     LATENT,
+    M_WRITTEN,
     NATIVE_DSA,
     NATIVE_MTP,
     NGRAM,
@@ -17,6 +22,7 @@ from megacpp_nemo.lowering.readers import (
     OFF_STRUCTURE,
     OWN_DSA,
     OWN_MTP,
+    RANKS,
     STRUCTURE,
 )
 from megacpp_nemo.lowering.row import CONFIG, Row, Spelling, flagged, spec_carried
@@ -64,6 +70,7 @@ PATTERN_ROWS: tuple[Row, ...] = (
             ),
         ),
         owner="pattern",
+        decides=A_OR_D_WRITTEN,
     ),
     Row(
         field="features.sparse_attention",
@@ -79,16 +86,18 @@ PATTERN_ROWS: tuple[Row, ...] = (
             ),
         ),
         owner="pattern",
+        decides=RANKS,
     ),
     Row(
         field="model.sparse_attention.a_ranks",
         nemo=(f"{CONFIG}.dsa_a_ranks",),
         when=_chooses_dsa,
         owner="pattern",
+        decides=CHOSEN_RANKS,
         note="chooses which A layers take the sparse symbol",
     ),
-    Row(field="features.experts", nemo=(f"{CONFIG}.experts",), owner="pattern"),
-    Row(field="features.mamba", nemo=(f"{CONFIG}.mamba_lane",), owner="pattern"),
+    Row(field="features.experts", nemo=(f"{CONFIG}.experts",), owner="pattern", decides=E_WRITTEN),
+    Row(field="features.mamba", nemo=(f"{CONFIG}.mamba_lane",), owner="pattern", decides=M_WRITTEN),
 )
 
 SHAPE_ROWS: tuple[Row, ...] = (
@@ -247,6 +256,7 @@ INPUT_ROWS: tuple[Row, ...] = (
         when=lambda recipe: recipe.model.mtp.num_layers > 0,
         spec=OWN_MTP,
         owner="pattern",
+        decides=DEPTHS,
     ),
     Row(
         field="model.mtp.loss_scaling_factor",

@@ -33,8 +33,9 @@ class Seam:
         kind: Where it attaches.
         what: What it is, in words.
         owner: Module or class of this package that builds it, or refuses to.
-        built: Whether the owner builds it today. What is not built is carried by name only:
-            the spec, like the NeMo recipe, refuses to start with it.
+        built: Whether Megatron's command line gets it today. What is not built is carried by
+            name only: the spec refuses to start with it. A NeMo recipe refuses it too, but for
+            callbacks, which a NeMo run has from their owner.
         reason: Why Megatron does not own it.
         native_since: First release that has it, or None.
         graduates: What would have to hold for the seam to go.
@@ -187,4 +188,50 @@ _ALL = (
         off="features.reset_state=false",
     ),
 )
-SEAMS: dict[str, Seam] = {seam.id: seam for seam in _ALL}
+
+
+def _lever(name: str, what: str, off: str) -> Seam:
+    """Return the seam of a lever on a run in progress: a NeMo run pulls it, nothing else does."""
+    return Seam(
+        id=name,
+        kind=Kind.CALLBACK,
+        what=what,
+        owner=f"megacpp_nemo.callbacks.{name}",
+        built=False,
+        reason="no flag turns it on, and Megatron's own script runs no NeMo callbacks",
+        native_since=None,
+        graduates="a flag for it, or a hook for callbacks in Megatron's pretraining loop",
+        evidence="tests/callbacks, of the NeMo recipe",
+        off=off,
+    )
+
+
+# In the order in which reports list them.
+_LEVERS = (
+    _lever(
+        "fire",
+        "FIRE (Frobenius-isometry reinitialization)",
+        "plasticity.fire.steps=[], plasticity.fire.boundaries=[]",
+    ),
+    _lever(
+        "dash",
+        "DASH (direction-aware shrinking)",
+        "plasticity.dash.steps=[], plasticity.dash.boundaries=[]",
+    ),
+    _lever(
+        "shrink",
+        "the periodic shrink of rows",
+        "plasticity.shrink.interval=0",
+    ),
+    _lever(
+        "redo",
+        "ReDo (recycling of dormant units)",
+        "plasticity.redo.report_interval=0, plasticity.redo.steps=[]",
+    ),
+    _lever(
+        "stp",
+        "STP (semantic tube prediction)",
+        "plasticity.stp.weight=0, plasticity.stp.measure=false",
+    ),
+)
+SEAMS: dict[str, Seam] = {seam.id: seam for seam in (*_ALL, *_LEVERS)}

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from megacpp_nemo.contract.errors import LoweringError
 from megacpp_nemo.lowering.plan import Plan
 from megacpp_nemo.lowering.row import Row
-from megacpp_nemo.lowering.spec_name import MODEL, written
+from megacpp_nemo.lowering.spec_name import key_and_value, written
 from megacpp_nemo.lowering.table import FRAME, ROWS
+from megacpp_nemo.lowering.values import spelled
 
 
 class Owner(str, enum.Enum):
@@ -62,7 +64,15 @@ def flag_words(plan: Plan, row: Row) -> Iterator[list[str]]:
         if value is None or not spelling.holds(plan):
             continue
         values = value if isinstance(value, tuple) else () if value is True else (value,)
-        yield [spelling.flag, *map(text_of, values)]
+        try:
+            yield spelled(spelling.flag, *map(text_of, values))
+        except ValueError as error:
+            raise LoweringError(
+                f"{spelling.flag} cannot be told a value that begins with '-' among others",
+                given=f"{row.field}={','.join(map(text_of, values))}",
+                allowed="values that begin otherwise, or that one alone",
+                hint=f"./{error} in {row.field}",
+            ) from None
 
 
 def text_of(value: Any) -> str:
@@ -75,7 +85,7 @@ def _setting(plan: Plan, rows: list[Row]) -> Setting:
     flags = [" ".join(words) for each in rows for words in flag_words(plan, each)]
     named = any(each.spec is not None and each.spec.holds(plan) for each in rows)
     value = row.value(plan.recipe)
-    key = f"{row.field.removeprefix(MODEL)}={written(value)}" if named else ""
+    key = key_and_value(row.field, value) if named else ""
     owner, evidence = _owned(plan, rows, bool(flags), named)
     return Setting(
         field=row.field,
@@ -97,6 +107,8 @@ def _owned(plan: Plan, rows: list[Row], flagged: bool, named: bool) -> tuple[Own
     if flagged or named:
         both = Owner.BOTH if flagged and named else Owner.MEGATRON if flagged else Owner.SPEC
         return both, "read by " + ", ".join([*readers, *specs])
+    if rows[0].owner == "pattern" and not rows[0].decides.holds(plan):
+        return Owner.UNREAD, f"would decide {rows[0].decides.text}"
     if rows[0].owner in by_owner:
         return by_owner[rows[0].owner], notes or "decides the layers of the pattern"
     stock = [row.stock.text for row in rows if row.stock and row.stock.holds(plan)]

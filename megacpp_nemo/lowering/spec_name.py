@@ -7,24 +7,30 @@ and its name says which layers are what and the settings that no flag carries:
 
 `layers` has one letter per layer (`Role`), `mtp` one per layer of a prediction depth. A capital
 is a layer built by this package, a small letter one that the release builds from its own spec.
-Every other key is a recipe's field, without a leading `model.`. Nothing is read from the
-environment, and no setting is left to a default of this package.
+Every other key is a recipe's field, without a leading `model.`; `+` stands between the items of
+a tuple, and what no shell leaves alone is written `%2C`. Nothing is read from the environment,
+and no setting is left to a default of this package.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from megacpp_nemo.contract.checks import Kind
 from megacpp_nemo.contract.errors import LoweringError, nearest
 from megacpp_nemo.contract.pattern import LayerPattern
-from megacpp_nemo.contract.recipe import field_paths
+from megacpp_nemo.contract.recipe import field_paths, kind_of
 from megacpp_nemo.contract.training import Precision
 from megacpp_nemo.lowering.roles import Role
 
 SPEC_MODULE = "megacpp_nemo.spec"
 MODEL = "model."
+# What is escaped, alone and as an item of a tuple.
+_UNSAFE, _UNSAFE_ITEM = re.compile(r"[^\w./:@=+-]", re.ASCII), re.compile(r"[^\w./:@=-]", re.ASCII)
+_ESCAPED = re.compile(r"(?:%[0-9A-F]{2})+")
 
 
 class NamedLayer(NamedTuple):
@@ -63,7 +69,7 @@ class SpecName:
         if self.mtp:
             parts.append(f"mtp={_letters(self.mtp)}")
         for path in sorted(self.settings):
-            parts.append(f"{path.removeprefix(MODEL)}={written(self.settings[path])}")
+            parts.append(key_and_value(path, self.settings[path]))
         return ",".join(parts)
 
     @classmethod
@@ -100,8 +106,27 @@ def _layers(text: str, letters: str) -> tuple[NamedLayer, ...]:
     return tuple(NamedLayer(known[letter.lower()], letter.isupper()) for letter in letters)
 
 
+def key_and_value(path: str, value: Any) -> str:
+    """Return a field and its value as the name of a spec writes them."""
+    if isinstance(value, tuple):
+        text = "+".join(_UNSAFE_ITEM.sub(_escape, written(item)) for item in value)
+    else:
+        text = _UNSAFE.sub(_escape, written(value))
+    return f"{path.removeprefix(MODEL)}={text}"
+
+
+def _escape(letter: re.Match[str]) -> str:
+    return "".join(f"%{byte:02X}" for byte in letter[0].encode())
+
+
+def _unescaped(text: str) -> str:
+    if "%" in _ESCAPED.sub("", text):
+        raise ValueError
+    return _ESCAPED.sub(lambda run: bytes.fromhex(run[0].replace("%", "")).decode(), text)
+
+
 def written(value: Any) -> str:
-    """Return a field's value as the name of a spec writes it."""
+    """Return a field's value as text for reports."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, tuple):
@@ -118,24 +143,24 @@ def _setting(text: str, key: str, value: str) -> tuple[str, Any]:
         close = nearest(key, [leaf.removeprefix(MODEL) for leaf in leaves])
         raise _refusal(text, f"{key!r} is no recipe field" + (f"; {close!r} is" if close else ""))
     try:
-        return path, _read(value, leaves[path])
+        return path, _read(value, kind_of(path))
     except ValueError:
         raise _refusal(text, f"{key}={value!r} cannot be read") from None
 
 
-def _read(value: str, default: Any) -> Any:
-    """Return `value` as a field with this default holds it."""
-    if isinstance(default, tuple):
-        return tuple(int(item) for item in value.split("+")) if value else ()
-    if isinstance(default, bool):
-        return _truth(value)
-    if isinstance(default, (int, float)):
-        return type(default)(value)
-    if isinstance(default, Precision):
-        return Precision(value)
-    if isinstance(default, LayerPattern):
-        return LayerPattern.parse(value)
-    return None if value == "null" else value
+def _read(value: str, kind: Kind) -> Any:
+    """Return `value` as a field of this kind holds it."""
+    if kind.item:
+        item = kind.item
+        return tuple(_read(part, item) for part in value.split("+")) if value else ()
+    text = _unescaped(value)
+    if kind.optional and text == "null":
+        return None
+    if kind.type is bool:
+        return _truth(text)
+    if kind.type is LayerPattern:
+        return LayerPattern.parse(text)
+    return kind.type(text)
 
 
 def _truth(value: str) -> bool:

@@ -5,8 +5,8 @@ NeMo recipe is built from this table; lowering, lifting, the audit, the hook for
 and the documentation read it. A test holds it complete: adding a field to the contract without
 a row fails.
 
-The rows stand in `rows_model` and `rows_blocks` (what the model is), `rows_run` (how a run goes)
-and `rows_fixed` (what every recipe fixes).
+The rows stand in `rows_model` and `rows_blocks` (what the model is), `rows_run` (how a run goes),
+`rows_plasticity` (what is done to a run in progress) and `rows_fixed` (what every recipe fixes).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from megacpp_nemo.lowering.row import CONFIG, Condition, Row, Spelling
 from megacpp_nemo.lowering.rows_blocks import BLOCK_ROWS
 from megacpp_nemo.lowering.rows_fixed import FIXED_ROWS, HOST_ROWS
 from megacpp_nemo.lowering.rows_model import MODEL_ROWS
+from megacpp_nemo.lowering.rows_plasticity import PLASTICITY_ROWS
 from megacpp_nemo.lowering.rows_run import GPU_PACKAGES, RUN_ROWS
 
 __all__ = [
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 # Rows of recipe fields, and all rows.
-ROWS: tuple[Row, ...] = (*MODEL_ROWS, *BLOCK_ROWS, *RUN_ROWS)
+ROWS: tuple[Row, ...] = (*MODEL_ROWS, *BLOCK_ROWS, *RUN_ROWS, *PLASTICITY_ROWS)
 FRAME: tuple[Row, ...] = (*FIXED_ROWS, *HOST_ROWS)
 TABLE: tuple[Row, ...] = (*ROWS, *FRAME)
 

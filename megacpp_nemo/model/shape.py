@@ -130,11 +130,14 @@ def _latent(config: Any) -> LatentShape:
 
 
 def _experts(config: Any) -> ExpertsShape:
+    # Dense MLPs have the experts' activation; only whether it is gated decides shapes.
+    activation = "swiglu" if config.gated_linear_unit else "gelu"
     if not config.num_moe_experts:
-        return ExpertsShape()
+        return ExpertsShape(activation=activation)
     return ExpertsShape(
         num_experts=config.num_moe_experts,
         topk=config.moe_router_topk,
         ffn_hidden_size=config.moe_ffn_hidden_size or config.ffn_hidden_size,
         shared_expert_size=config.moe_shared_expert_intermediate_size or 0,
+        activation=activation,
     )

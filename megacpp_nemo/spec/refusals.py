@@ -13,7 +13,9 @@ from megacpp_nemo.contract.errors import RuntimeRefusal
 from megacpp_nemo.contract.shapes import RecurrentShape
 from megacpp_nemo.contract.training import Precision
 from megacpp_nemo.lowering.roles import Role
-from megacpp_nemo.lowering.spec_name import MODEL, SpecName
+from megacpp_nemo.lowering.rows_plasticity import SWITCHES
+from megacpp_nemo.lowering.seams import SEAMS
+from megacpp_nemo.lowering.spec_name import MODEL, SpecName, written
 from megacpp_nemo.spec.layers import BUILT, CHUNK_SIZE, CONV_WIDTH, RECURRENT
 
 
@@ -31,33 +33,56 @@ class Reason(NamedTuple):
     off: str
 
 
-# What the name can carry and nobody builds on Megatron's command line yet: the field that asks
-# for it, the fields that only shape it, what it is, and what turns it off.
-_UNBUILT: tuple[tuple[str, str, str, str], ...] = (
-    (
-        "features.ngram_hash",
+class Unbuilt(NamedTuple):
+    """What the name can carry and nobody builds on Megatron's command line yet.
+
+    Args:
+        asked: Fields that ask for it, wherever they hold something.
+        shapes: How the fields that only shape it begin.
+        what: What it is, in words.
+        off: What turns it off in a recipe.
+    """
+
+    asked: tuple[str, ...]
+    shapes: str
+    what: str
+    off: str
+
+
+_UNBUILT: tuple[Unbuilt, ...] = (
+    Unbuilt(
+        ("features.ngram_hash",),
         "model.embedding.ngram.",
         "the hashed n-gram memory",
         "features.ngram_hash=false",
     ),
-    (
-        "features.structure",
+    Unbuilt(
+        ("features.structure",),
         "model.embedding.structure.",
         "the code-structure channels",
         "features.structure=null",
     ),
-    (
-        "model.mtp.num_layers",
+    Unbuilt(
+        ("model.mtp.num_layers",),
         "model.mtp.",
         "multi-token prediction (MTP), which this release builds for no hybrid model",
         "model.mtp.num_layers=0",
     ),
-    (
-        "features.reset_state",
+    Unbuilt(
+        ("features.reset_state",),
         "features.reset_state",
         "a zero state at each document of a packed row: Megatron's pretraining hands its layers "
         "no document boundaries",
         "features.reset_state=false",
+    ),
+    *(
+        Unbuilt(
+            tuple(f"plasticity.{lever}.{switch}" for switch in switches),
+            f"plasticity.{lever}.",
+            f"{SEAMS[lever].what}: Megatron's own script runs no NeMo callbacks",
+            SEAMS[lever].off,
+        )
+        for lever, switches in SWITCHES.items()
     ),
 )
 _UNBUILT_ROLES = {
@@ -104,9 +129,11 @@ def _roles(name: SpecName) -> Iterator[Reason]:
 
 
 def _features(name: SpecName) -> Iterator[Reason]:
-    for path, _, what, off in _UNBUILT:
-        if name.settings.get(path):
-            yield Reason(what, _shown(path, name.settings[path]), off)
+    for thing in _UNBUILT:
+        asking = [path for path in thing.asked if name.settings.get(path)]
+        if asking:
+            given = ", ".join(_shown(path, name.settings[path]) for path in asking)
+            yield Reason(thing.what, given, thing.off)
 
 
 def _settings(name: SpecName) -> Iterator[Reason]:
@@ -138,11 +165,11 @@ def _wanted(custom: set[Role]) -> Iterator[str]:
 def _explained(path: str, name: SpecName, custom: set[Role]) -> bool:
     """Whether a setting only shapes what is refused already, or asks for nothing."""
     shapes = [
-        prefix for asked, prefix, _, _ in _UNBUILT if path == asked or name.settings.get(asked)
+        thing.shapes for thing in _UNBUILT if any(name.settings.get(asked) for asked in thing.asked)
     ]
     shapes += [prefix for role, (_, prefix, _) in _UNBUILT_ROLES.items() if role in custom]
-    return any(path == prefix or path.startswith(prefix) for prefix in shapes) or (
-        path in {asked for asked, _, _, _ in _UNBUILT}
+    return any(path.startswith(prefix) for prefix in shapes) or (
+        path in {asked for thing in _UNBUILT for asked in thing.asked}
     )
 
 
@@ -151,4 +178,4 @@ def _fp8(path: str, value: Any) -> bool:
 
 
 def _shown(path: str, value: Any) -> str:
-    return f"{path.removeprefix(MODEL)}={value}"
+    return f"{path.removeprefix(MODEL)}={written(value) if isinstance(value, tuple) else value}"

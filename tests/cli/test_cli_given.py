@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megacpp_nemo.cli.given import Kind, kind_of, read_changes, read_recipe, read_value, written
+from megacpp_nemo.cli.given import read_changes, read_recipe, read_value, written
 from megacpp_nemo.contract import RECIPE_NAMES, field_paths, recipe, with_paths
+from megacpp_nemo.contract.checks import Kind
+from megacpp_nemo.contract.recipe import kind_of
 
 TEXT = st.text(st.characters(exclude_characters="\x00"), min_size=1) | st.sampled_from(
     ["null", "NONE", '"', '"a"', "a,b", "[1]", "true", "3", "=", "a:b=c"]
@@ -28,6 +30,17 @@ TEXT = st.text(st.characters(exclude_characters="\x00"), min_size=1) | st.sample
         ("data_path=/a", ("/a",)),
         ("data_path=30,/a,70,/b", ("30", "/a", "70", "/b")),
         ('data_path=["/a,b"]', ("/a,b",)),
+        ('data_path="/a,b"', ("/a,b",)),
+        ('data_path=30,"/a,\\"b",70,/c', ("30", '/a,"b', "70", "/c")),
+        ('data_path=/a"b,c"', ('/a"b', 'c"')),
+        ('data_path="/a,b', '"/a,b'),
+        ('data_path="/a"b,c', '"/a"b,c'),
+        ("fire.steps=100,200", (100, 200)),
+        ("dash.steps=[100]", (100,)),
+        ("fire.boundaries=data,context", ("data", "context")),
+        ("shrink.families=E", ("E",)),
+        ("stp.weight=0.02", 0.02),
+        ("stp.measure=true", True),
         ("tokenizer_dir=null", None),
         ("tokenizer_dir=None", None),
         ('tokenizer_dir="null"', "null"),
@@ -59,7 +72,7 @@ def test_every_field_of_every_recipe_is_read_back(name):
 @given(TEXT)
 def test_text_is_read_back(text):
     for optional in (False, True):
-        assert read_value(written(text), Kind(str, optional)) == text
+        assert read_value(written(text), Kind(str, optional=optional)) == text
 
 
 @given(st.lists(TEXT).map(tuple))
@@ -69,7 +82,7 @@ def test_a_tuple_of_text_is_read_back(texts):
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_a_number_is_read_back(number):
-    assert read_value(written(number), Kind(float, False)) == number
+    assert read_value(written(number), Kind(float)) == number
 
 
 def test_a_recipe_carries_changes_behind_colons():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -34,12 +35,13 @@ def with_four_parts(error: Refusal) -> Refusal:
 def settings(error: MegaCppError) -> dict[str, Any]:
     """Return the `field=value` settings that a hint begins with; none if it is only prose."""
     clause = str(error.hint).partition(", or ")[0]
+    clause = re.sub(r"[\w.]+(?==)", lambda path: path[0].replace(".", "__"), clause)
     try:
         call = ast.parse(f"dict({clause})", mode="eval").body
     except SyntaxError:
         return {}
     assert isinstance(call, ast.Call)
-    return {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    return {str(k.arg).replace("__", "."): ast.literal_eval(k.value) for k in call.keywords}
 
 
 def follow_hints(

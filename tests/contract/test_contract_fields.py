@@ -22,6 +22,7 @@ from megacpp_nemo.contract import (
     with_paths,
 )
 from megacpp_nemo.contract.checks import Checked
+from megacpp_nemo.contract.parameters import TARGETS
 
 NAN, INF = math.nan, math.inf
 LEAVES = field_paths()
@@ -34,7 +35,11 @@ OPTIONAL = {
 }
 WORDS = {"features.structure", "files.tokenizer_dir", "files.run_dir"}
 # Tuples of text, not of whole numbers.
-TEXTS = {"files.data_path"}
+TEXTS = {
+    "files.data_path",
+    *(f"plasticity.{name}.families" for name in ("fire", "dash", "shrink")),
+    *(f"plasticity.{name}.boundaries" for name in ("fire", "dash")),
+}
 ZERO_IS_FINE = {
     "model.experts.shared_expert_size",
     "model.mtp.num_layers",
@@ -47,6 +52,15 @@ ZERO_IS_FINE = {
     "model.experts.aux_loss_coeff",
     "model.sparse_attention.indexer_loss_coeff",
     "model.mtp.loss_scaling_factor",
+    "plasticity.dash.floor",
+    "plasticity.shrink.interval",
+    "plasticity.shrink.threshold",
+    "plasticity.shrink.floor",
+    "plasticity.redo.report_interval",
+    "plasticity.redo.threshold",
+    "plasticity.redo.decay",
+    "plasticity.stp.weight",
+    "plasticity.stp.start_step",
 }
 CHOICES = {
     "model.experts.activation": ("gelu", "squared_relu", "swiglu"),
@@ -54,6 +68,7 @@ CHOICES = {
     "features.structure": ("core", "all"),
     "features.kernels": ("required", "available"),
     "corpus": ("indexed", "sources"),
+    **{f"plasticity.{name}.target": tuple(TARGETS) for name in ("fire", "dash", "shrink")},
 }
 WRONG = {
     int: ["4", 1.0, 4.5, NAN, INF, True, False, [4], (), {}, object(), -1, -(10**400)],
@@ -200,7 +215,9 @@ def test_a_close_choice_is_suggested_or_else_the_default(given, suggested):
     assert settings(refusal(RecipeError, training.Features, mamba=given)) == {"mamba": suggested}
 
 
-PARTS = ["model", "parallelism", "batch", "schedule", "cadence", "files", "features"]
+PARTS = [
+    "model", "parallelism", "batch", "schedule", "cadence", "files", "features", "plasticity"
+]  # fmt: skip
 INNER = [field.name for field in dataclasses.fields(shapes.ModelShape)
          if dataclasses.is_dataclass(getattr(shapes.ModelShape(), field.name))]  # fmt: skip
 NOT_A_PART = ["x", 3, None, {}, [], shapes.ModelShape]
@@ -266,7 +283,7 @@ def test_every_dataclass_of_a_recipe_is_checked():
                 yield from parts(value)
 
     found = list(parts(HybridRecipe()))
-    assert len(found) == 20
+    assert len(found) == 26
     assert all(isinstance(part, Checked) for part in found)
 
 

@@ -16,6 +16,7 @@ from megacpp_nemo.contract import (
     recipe,
     with_paths,
 )
+from megacpp_nemo.contract.plasticity_rules import acted_layers
 from megacpp_nemo.contract.training import OptimizerSchedule
 
 TP, PP, VPP, CP, EP, ETP, SP, NODES, DEVICES = (
@@ -218,6 +219,56 @@ CASES = [
     case("warm-up past the decay", RecipeError, {},
          {"schedule.decay_steps": 2000},
          "Warm-up must end before the decay does", {"warmup_steps": 200}),
+    case("lever on a layer that is not there", RecipeError, {"fire.steps": [10]},
+         {"plasticity.fire.layers": [2, 53]},
+         "plasticity.fire acts on layers that the model does not have",
+         {"plasticity.fire.layers": [2]}),
+    case("lever on no layer that is there", RecipeError, {"stp.weight": 0.1},
+         {"plasticity.stp.layers": [60]},
+         "plasticity.stp acts on layers", {"plasticity.stp.layers": [52]}),
+    case("lever on a family that is not there", RecipeError, {"dash.boundaries": ["data"]},
+         {"plasticity.dash.families": ["D", "mamba"]},
+         "plasticity.dash acts on families", {"plasticity.dash.families": ["mamba"]}),
+    case("lever on experts of a model that has none", RecipeError, {"pattern": "AM"},
+         {"plasticity.shrink.interval": 5, "plasticity.shrink.target": "experts"},
+         "plasticity.shrink selects nothing",
+         {"plasticity.shrink.target": "all", "plasticity.shrink.families": [],
+          "plasticity.shrink.layers": []}),
+    case("lever on routed experts of dense MLPs", RecipeError, {"features.experts": False},
+         {"plasticity.fire.steps": [5], "plasticity.fire.target": "experts"},
+         "plasticity.fire selects nothing",
+         {"plasticity.fire.target": "all", "plasticity.fire.families": [],
+          "plasticity.fire.layers": []}),
+    case("lever on keys of a layer without them", RecipeError, {"fire.steps": [5]},
+         {"plasticity.fire.target": "attention_qk", "plasticity.fire.layers": [3]},
+         "plasticity.fire selects nothing",
+         {"plasticity.fire.target": "all", "plasticity.fire.families": [],
+          "plasticity.fire.layers": []}),
+    case("ReDo without expert layers", RecipeError, {"pattern": "AM"},
+         {"plasticity.redo.steps": [5]},
+         "the model has none", {"plasticity.redo.report_interval": 0, "plasticity.redo.steps": []}),
+    case("ReDo on another layer", RecipeError, {"redo.report_interval": 5},
+         {"plasticity.redo.layers": [1, 2]},
+         "expert layers only", {"plasticity.redo.layers": [2]}),
+    case("lever after the end", RecipeError, {"train_steps": 100},
+         {"plasticity.fire.steps": [50, 100, 101]},
+         "plasticity.fire.steps comes after the run's last step",
+         {"plasticity.fire.steps": [50, 100]}),
+    case("lever only after the end", RecipeError, {"train_steps": 100},
+         {"plasticity.redo.steps": [200]},
+         "plasticity.redo.steps comes after", {"plasticity.redo.steps": [100]}),
+    case("interval longer than the run", RecipeError, {"train_steps": 100},
+         {"plasticity.shrink.interval": 101},
+         "plasticity.shrink.interval comes after", {"plasticity.shrink.interval": 100}),
+    case("reports after the end", RecipeError, {"train_steps": 100},
+         {"plasticity.redo.report_interval": 101},
+         "plasticity.redo.report_interval comes", {"plasticity.redo.report_interval": 100}),
+    case("STP that would never begin", RecipeError, {"train_steps": 10_000},
+         {"plasticity.stp.weight": 0.02},
+         "plasticity.stp.start_step comes after", {"plasticity.stp.start_step": 1000}),
+    case("STP under context parallelism", RecipeError, {"sparse_attention": False},
+         {CP: 2, "plasticity.stp.measure": True},
+         "context parallelism cuts rows apart", {"context_parallel_size": 1}),
 ]
 # fmt: on
 
@@ -234,6 +285,9 @@ def test_a_contradiction_is_refused_and_its_hint_leads_out(error, base, changes,
 
 
 sizes = st.integers(1, 9)
+# Of levers, which share the names of their fields, only what each accepts by itself.
+STEPS = st.sets(st.integers(1, 99), max_size=3).map(sorted)
+NUMBERS = st.lists(st.integers(1, 60), max_size=3)
 DRAWN = {
     **dict.fromkeys((TP, CP, EP, PP, NODES, DEVICES), sizes),
     VPP: st.none() | st.integers(2, 4),
@@ -266,13 +320,28 @@ DRAWN = {
     "schedule.min_lr": st.floats(),
     "schedule.warmup_steps": st.integers(-1, 200_000),
     "precision": st.sampled_from(["bf16", "fp8", "fp32", "bf61"]),
+    "schedule.train_steps": st.integers(1, 99),
+    **{
+        f"plasticity.{name}.{field}": values
+        for field, values in {
+            "steps": STEPS,
+            "layers": NUMBERS,
+            "target": st.sampled_from(["all", "experts", "attention_qk", "recurrent"]),
+            "families": st.lists(st.sampled_from("AEMRD"), max_size=2),
+        }.items()
+        for name in ("fire", "dash")
+    },
+    "plasticity.redo.steps": STEPS,
+    "plasticity.redo.layers": NUMBERS,
+    "plasticity.stp.weight": st.sampled_from([0.0, 0.02]),
+    "plasticity.stp.layers": NUMBERS,
 }
 
 
 @settings(deadline=None)
 @given(st.fixed_dictionaries({}, optional=DRAWN))
 def test_following_the_hints_of_any_broken_recipe_ends_in_a_recipe(changes):
-    mended, _ = follow_hints(recipe("nam56r"), changes, steps=30)
+    mended, _ = follow_hints(recipe("nam56r"), changes, steps=40)
     assert_divides_evenly(mended)
 
 
@@ -313,6 +382,41 @@ def test_a_suggested_schedule_is_a_schedule(lr, min_lr, decay):
     hint = advice(refusal(RecipeError, OptimizerSchedule, **wrong))
     late = {**wrong, **hint, "warmup_steps": decay}
     assert OptimizerSchedule(**{**late, **advice(refusal(RecipeError, OptimizerSchedule, **late))})
+
+
+def test_a_lever_that_is_off_is_not_checked():
+    away = {"pattern": "AM", "fire.layers": [99], "dash.families": ["E"], "redo.layers": [1],
+            "shrink.target": "experts", "stp.layers": [99], "train_steps": 10}  # fmt: skip
+    assert recipe("nam56r", changes=away).plasticity.on == ()
+
+
+def test_a_lever_may_act_on_the_last_step_and_measure_without_ever_being_in_force():
+    made = recipe(
+        "nam56r",
+        changes={"train_steps": 10, "fire.steps": [10], "shrink.interval": 10, "stp.measure": True},
+    )
+    assert made.plasticity.on == ("stp", "shrink", "fire")
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "numbers"),
+    [
+        ({}, "fire", tuple(range(1, 13))),
+        ({"fire.target": "experts"}, "fire", (2, 4, 6, 8, 10)),
+        ({"fire.target": "mlp", "features.experts": False}, "fire", (2, 4, 6, 8, 10)),
+        ({"fire.target": "attention_qk"}, "fire", (1, 5, 9)),
+        ({"dash.target": "recurrent"}, "dash", (12,)),
+        ({"dash.families": ["M", "attention"]}, "dash", (1, 3, 5, 7, 9, 11)),
+        ({"shrink.families": ["M"], "shrink.layers": [3, 12]}, "shrink", (3,)),
+        ({"redo.layers": [4, 5]}, "redo", (4,)),
+        ({}, "redo", (2, 4, 6, 8, 10)),
+        ({}, "stp", (12,)),
+        ({"stp.layers": [6, 3, 6]}, "stp", (3, 6)),
+    ],
+)
+def test_a_lever_acts_on_the_layers_that_have_what_it_selects(changes, name, numbers):
+    made = recipe("nam56r_tiny", changes=changes)
+    assert acted_layers(made.plasticity, name, made.layers, made.features) == numbers
 
 
 def test_a_slip_of_many_digits_is_refused_at_once():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import pytest
@@ -12,8 +13,10 @@ from megacpp_nemo.contract import HybridRecipe, LoweringError, RecipeError, reci
 from megacpp_nemo.lowering.arguments import parse
 from megacpp_nemo.lowering.lower import lower
 from megacpp_nemo.lowering.plan import make_plan
+from megacpp_nemo.lowering.policy import LaunchOptions
 from megacpp_nemo.lowering.releases import RELEASE_NAMES, load_release
 from megacpp_nemo.lowering.seams import SEAMS
+from megacpp_nemo.lowering.settings import Owner
 from tests.support.recipes import recipes
 
 PROFILE = settings.get_profile("lowering")
@@ -264,3 +267,64 @@ def test_what_is_missing_for_a_start_is_open_and_not_refused():
     assert given_files.open == ()
     sources = lower(recipe("nam56r_tiny", changes={"reset_state": False}))
     assert "corpus=indexed" in sources.open[0].settle
+
+
+def megatrons_parser(release: str) -> argparse.ArgumentParser:
+    """Return argparse's own reading of a release's flags, as Megatron-LM makes its parser."""
+    made = argparse.ArgumentParser(allow_abbrev=False)
+    for flag in load_release(release).canonical_flags().values():
+        if flag.action == "store":
+            made.add_argument(flag.name, *flag.aliases, nargs=flag.nargs, dest=flag.dest)
+        elif flag.action in ("store_true", "store_false"):
+            made.add_argument(flag.name, *flag.aliases, action=flag.action, dest=flag.dest)
+    return made
+
+
+DASHED = ("-x", "--save", "-h", "-h x", "-help me", "-1", "--x y", "-", "-x=1", "a-b", "a b")
+
+
+@pytest.mark.parametrize("value", DASHED)
+@pytest.mark.parametrize("release", ["0.16.1", "0.19.0"])
+def test_argparse_takes_a_value_that_begins_with_a_dash_for_a_value(value, release):
+    changes = {**PLAIN, "run_dir": value, "data_path": (value,), "tokenizer_dir": value}
+    lowering = lower(
+        recipe("nam52", changes=changes),
+        release=release,
+        launch=LaunchOptions(cache_dir=value, data_workers=2),
+    )
+    read = megatrons_parser(release).parse_args(lowering.command)
+    assert (read.save, read.load, read.tensorboard_dir) == (value,) * 3
+    assert (read.data_path, read.tokenizer_model) == ([value], value)
+    assert read.data_cache_path == f"{value}/data"
+    known = load_release(release)
+    assert parse(parse(lowering.command, known).argv, known) == parse(lowering.command, known)
+
+
+def test_a_value_with_a_dash_among_several_is_refused_by_the_recipes_field():
+    with pytest.raises(LoweringError, match="--data-path") as caught:
+        lower(recipe("nam52", changes={**PLAIN, "data_path": ("30", "/a", "70", "-b")}))
+    assert caught.value.given == "files.data_path=30,/a,70,-b"
+    assert caught.value.hint == "./-b in files.data_path"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "changes", "unread"),
+    [
+        ("AEM", {}, {"model.sparse_attention.a_ranks", "model.mtp.pattern"}),
+        ("AEM", {"mtp.num_layers": 1}, {"model.sparse_attention.a_ranks"}),
+        ("AEM", {"latent_attention": True, "sparse_attention": True, "a_ranks": (0,)},
+         {"model.mtp.pattern"}),
+        ("AM", {}, {"model.sparse_attention.a_ranks", "model.mtp.pattern", "features.experts"}),
+        ("AM", {"mtp.num_layers": 1}, {"model.sparse_attention.a_ranks"}),
+        ("AE", {}, {"model.sparse_attention.a_ranks", "model.mtp.pattern", "features.mamba"}),
+        ("M", {}, {"features.latent_attention", "features.sparse_attention", "features.experts",
+                   "model.sparse_attention.a_ranks", "model.mtp.pattern"}),
+    ],
+)  # fmt: skip
+def test_what_decides_no_layer_of_this_model_is_unread(pattern, changes, unread):
+    made = recipe("nam52", changes={**PLAIN, "pattern": pattern, **changes})
+    for release in ("0.16.1", "0.19.0"):
+        told = lower(made, release=release).settings
+        found = {each.field for each in told if each.evidence.startswith("would decide")}
+        assert found == unread
+        assert {each.owner for each in told if each.field in unread} <= {Owner.UNREAD}

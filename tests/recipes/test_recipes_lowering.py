@@ -18,6 +18,8 @@ from megacpp_nemo.contract import (
     field_paths,
     recipe,
 )
+from megacpp_nemo.contract.checks import Checked
+from megacpp_nemo.contract.plasticity import Plasticity
 from megacpp_nemo.lowering.accounting import (
     ACTIVATION,
     CORPUS_LEAVES,
@@ -29,6 +31,7 @@ from megacpp_nemo.lowering.configuration import account, read_nemo
 from megacpp_nemo.lowering.leaves import read_leaves
 from megacpp_nemo.lowering.lower import Lowering, lower
 from megacpp_nemo.lowering.policy import LaunchOptions
+from megacpp_nemo.lowering.rows_plasticity import SCHEDULE
 from megacpp_nemo.lowering.table import ROWS, carried
 from tests.support.recipes import changed, recipes
 
@@ -68,18 +71,44 @@ def lowered(made: HybridRecipe) -> Lowering:
         raise
 
 
-def set_at(config: Any, path: str, value: Any) -> None:
+def owner_of(config: Any, path: str) -> tuple[Any, str]:
+    """Return the configuration that holds a leaf, and the leaf's name in it.
+
+    A schedule of levers, and a lever in it, are added where they are missing.
+    """
     parent, _, name = path.rpartition(".")
     for part in parent.split(".") if parent else ():
-        config = getattr(config, part)
-    setattr(config, name, value)
+        if part == "PlasticitySchedule":
+            config = schedule_in(config)
+        elif isinstance(getattr(Plasticity(), part, None), Checked):
+            if part not in config.__arguments__:
+                setattr(config, part, type(config)(type(getattr(Plasticity(), part))))
+            config = getattr(config, part)
+        else:
+            config = getattr(config, part)
+    return config, name
+
+
+def schedule_in(callbacks: list[Any]) -> Any:
+    import nemo_run as run
+
+    from megacpp_nemo.callbacks.schedule import PlasticitySchedule
+
+    found = [entry for entry in callbacks if entry.__fn_or_cls__ is PlasticitySchedule]
+    if not found:
+        found = [run.Config(PlasticitySchedule, plasticity=run.Config(Plasticity))]
+        callbacks.extend(found)
+    return found[0]
+
+
+def set_at(config: Any, path: str, value: Any) -> None:
+    owner, name = owner_of(config, path)
+    setattr(owner, name, value)
 
 
 def unset(config: Any, path: str) -> None:
-    parent, _, name = path.rpartition(".")
-    for part in parent.split("."):
-        config = getattr(config, part)
-    delattr(config, name)
+    owner, name = owner_of(config, path)
+    delattr(owner, name)
 
 
 def refused(partial: Any, **options: Any) -> MegaCppError:
@@ -114,8 +143,10 @@ def test_every_set_leaf_has_one_claimant(made):
     assert set(claims) == set(read_leaves(partial).values)
     known = {*field_paths(), "fixed", "policy", "host", "default"}
     assert set(claims.values()) <= known
+    last = len(partial.trainer.callbacks) - 1
     for row in ROWS:
-        for path in row.nemo:
+        for place in row.nemo:
+            path = place.replace(SCHEDULE, f"trainer.callbacks[{last}]")
             if path in claims and path not in HOST_LEAVES:
                 assert claims[path] == row.field
 

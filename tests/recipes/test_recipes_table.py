@@ -17,7 +17,9 @@ from megacpp_nemo.contract import (
     recipe,
     with_paths,
 )
+from megacpp_nemo.contract.plasticity import LEVERS
 from megacpp_nemo.lowering.accounting import HOST_LEAVES, places
+from megacpp_nemo.lowering.rows_plasticity import SCHEDULE
 from megacpp_nemo.lowering.table import FRAME, ROWS, TABLE, carried
 
 ABSENT = object()
@@ -39,6 +41,19 @@ WORDS: dict[str, tuple[Any, ...]] = {
     "files.run_dir": ("/elsewhere",),
     "parallelism.virtual_pipeline_model_parallel_size": (2,),
     "parallelism.expert_tensor_parallel_size": (1,),
+    **{f"plasticity.{name}.target": ("mlp",) for name in ("fire", "dash", "shrink")},
+    **{f"plasticity.{name}.families": (("A",),) for name in ("fire", "dash", "shrink")},
+    **{f"plasticity.{name}.layers": ((2,),) for name in LEVERS},
+    **{f"plasticity.{name}.steps": ((1, 2),) for name in ("fire", "dash", "redo")},
+    **{f"plasticity.{name}.boundaries": (("data",),) for name in ("fire", "dash")},
+}
+# What turns a lever on, without which its other fields are not carried.
+ON = {
+    "fire": {"plasticity.fire.steps": (3,)},
+    "dash": {"plasticity.dash.steps": (3,)},
+    "shrink": {"plasticity.shrink.interval": 3},
+    "redo": {"plasticity.redo.report_interval": 3},
+    "stp": {"plasticity.stp.weight": 0.02, "plasticity.stp.start_step": 1},
 }
 # A field that cannot change alone: what has to stand beside it.
 ROOM = {"num_nodes": 4, "devices_per_node": 8, "global_batch_size": 2048, "sparse_attention": False}
@@ -92,6 +107,7 @@ ALONG: dict[str, dict[str, Any]] = {
         if path.startswith("model.sparse_attention.")
     },
 }
+ALONG |= {path: ON[path.split(".")[1]] for path in field_paths() if path.startswith("plasticity.")}
 # A path that is spelled from another field too.
 ALSO = {"name": {"log.explicit_log_dir"}}
 
@@ -99,7 +115,7 @@ ALSO = {"name": {"log.explicit_log_dir"}}
 def flat(config: Any, path: str = "") -> dict[str, Any]:
     """Return every value set in a configuration, by dotted path."""
     if isinstance(config, list) and any(hasattr(item, "__arguments__") for item in config):
-        items: Any = enumerate(config)
+        items: Any = [(item.__fn_or_cls__.__name__, item) for item in config]
     elif hasattr(config, "__arguments__"):
         items = config.__arguments__.items()
     else:
@@ -185,12 +201,19 @@ def test_every_path_is_a_parameter_and_carries_the_recipes_value(name, mode):
     from megacpp_nemo.recipes import to_nemo
     from megacpp_nemo.recipes.explain import value_at
 
-    intent = recipe(name, mode=mode)
+    intent = recipe(name, mode=mode, changes={k: v for on in ON.values() for k, v in on.items()})
     built = to_nemo(intent)
+    (place,) = [
+        place
+        for place, callback in enumerate(built.trainer.callbacks)
+        if callback.__fn_or_cls__.__name__ == "PlasticitySchedule"
+    ]
+    entry = f"trainer.callbacks[{place}]"
     for row in TABLE:
-        for path in row.nemo if row.when(intent) else ():
+        paths = [path.replace(SCHEDULE, entry) for path in row.nemo]
+        for path in paths if row.when(intent) else ():
             assert value_at(built, path) == row.spell(row.value(intent), intent), path
-        for path in (*row.nemo, *row.built):
+        for path in (*paths, *row.built):
             if not row.when(intent):
                 continue
             parent, _, last = path.rpartition(".")

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from megacpp_nemo.contract import RuntimeRefusal, recipe
+from megacpp_nemo.contract.plasticity import LEVERS
 from megacpp_nemo.lowering.lower import lower
 from megacpp_nemo.lowering.releases import load_release
-from megacpp_nemo.lowering.seams import SEAMS
+from megacpp_nemo.lowering.seams import SEAMS, Kind
 from megacpp_nemo.lowering.spec_name import SpecName
 from megacpp_nemo.spec.build import stack_spec
 
@@ -36,6 +37,11 @@ ALONE: dict[str, dict[str, Any]] = {
     "structure": {"structure": "core"},
     "documents": {"reset_state": True},
     "dsa": {"latent_attention": True, "sparse_attention": True},
+    "fire": {"fire.steps": (100,), "fire.boundaries": ("data",)},
+    "dash": {"dash.steps": (100,), "dash.boundaries": ("context",)},
+    "shrink": {"shrink.interval": 100},
+    "redo": {"redo.steps": (100,), "redo.report_interval": 10},
+    "stp": {"stp.weight": 0.02, "stp.measure": True},
 }
 WITH = {"dsa": {"mla", "dsa"}}
 
@@ -72,13 +78,21 @@ def test_what_is_not_built_is_refused_with_what_turns_it_off(seam):
     assert seam.off in (error.value.hint or "")
 
 
+@pytest.mark.parametrize(
+    "seam", [s for s in SEAMS.values() if s.kind is Kind.CALLBACK], ids=lambda s: s.id
+)
+def test_a_callback_has_its_owner_in_a_nemo_run(seam):
+    assert importlib.import_module(seam.owner)
+    assert seam.id in LEVERS
+
+
 @pytest.mark.parametrize("seam", SEAMS.values(), ids=lambda s: s.id)
 def test_turning_a_seam_off_takes_it_away(seam):
     changes = {**NATIVE, **ALONE[seam.id]}
     for word in seam.off.split(", "):
         field, _, value = word.partition("=")
         changes = {key: old for key, old in changes.items() if not field.endswith(key)}
-        changes[field] = {"false": False, "null": None}.get(value, value)
+        changes[field] = {"false": False, "null": None, "[]": ()}.get(value, value)
         if isinstance(changes[field], str) and changes[field].isdigit():
             changes[field] = int(value)
     left = {found.id for found in lower(recipe("nam52", changes=changes)).seams}
@@ -89,7 +103,8 @@ def test_turning_a_seam_off_takes_it_away(seam):
 def test_the_evidence_of_a_seam_exists(seam):
     for place in re.findall(r"tests/[\w/.]+", seam.evidence):
         assert (ROOT / place).exists()
-    assert seam.built == bool(re.findall(r"tests/[\w/.]+", seam.evidence))
+    shown = seam.built or seam.kind is Kind.CALLBACK
+    assert shown == bool(re.findall(r"tests/[\w/.]+", seam.evidence))
 
 
 def test_native_since_is_the_first_release_with_the_symbol():

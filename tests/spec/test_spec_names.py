@@ -54,6 +54,17 @@ def test_a_wrong_name_is_said_to_be_wrong_and_not_missing(name):
         ("layers=m,features.structure=core", "structure", "features.structure=null"),
         ("layers=m,mtp.num_layers=1", "multi-token", "model.mtp.num_layers=0"),
         ("layers=m,features.reset_state=true", "zero state", "features.reset_state=false"),
+        (
+            "layers=m,plasticity.fire.steps=100+200",
+            "runs no NeMo callbacks",
+            "plasticity.fire.steps=[], plasticity.fire.boundaries=[]",
+        ),
+        ("layers=m,plasticity.dash.boundaries=data", "DASH", "plasticity.dash.boundaries=[]"),
+        ("layers=m,plasticity.shrink.interval=5", "shrink", "plasticity.shrink.interval=0"),
+        ("layers=e,plasticity.redo.report_interval=5", "ReDo", "plasticity.redo.steps=[]"),
+        ("layers=m,plasticity.stp.weight=0.02", "STP", "plasticity.stp.weight=0"),
+        ("layers=m,plasticity.stp.measure=true", "STP", "plasticity.stp.measure=false"),
+        ("layers=m,plasticity.fire.tolerance=0.1", "no layer of the model reads", "without it"),
         ("layers=m,hidden_size=64", "no layer of the model reads model.hidden_size", "without it"),
         ("layers=m,precision=bf16", "no layer of the model reads precision", "without it"),
         ("layers=m,mamba.conv_width=3", "reads model.mamba.conv_width", "without it"),
@@ -79,8 +90,20 @@ def test_one_refusal_names_everything_and_not_the_shapes_of_what_is_refused():
     assert refusal.value.hint.count("=") == 5
 
 
+def test_a_lever_is_refused_once_however_it_is_turned_on_and_whatever_shapes_it():
+    name = (
+        "layers=m,plasticity.fire.boundaries=data,plasticity.fire.steps=100+200,"
+        "plasticity.fire.target=attention,plasticity.fire.tolerance=0.001"
+    )
+    with pytest.raises(RuntimeRefusal) as refusal:
+        resolve(name)
+    assert len(refusal.value.what.splitlines()) == 1 + 1
+    assert refusal.value.given == "plasticity.fire.steps=100+200, plasticity.fire.boundaries=data"
+
+
 def test_what_is_asked_for_and_off_is_no_reason_to_refuse():
     assert resolve("layers=m,features.reset_state=false,features.structure=null")
+    assert resolve("layers=m,plasticity.stp.weight=0.0,plasticity.fire.steps=")
 
 
 def test_a_megatron_without_our_bases_is_refused_and_not_taken_for_a_missing_spec(monkeypatch):

@@ -9,7 +9,10 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from megacpp_nemo.contract import HybridRecipe, MegaCppError, field_paths, with_paths
+from megacpp_nemo.contract.parameters import TARGETS
+from megacpp_nemo.contract.plasticity import LEVERS
 
+MATRIX_LEVERS = ("fire", "dash", "shrink")
 # Mixtures that some release owns whole are as frequent as those with everything in them.
 LETTERS = ("A", "AM", "EM", "AEM", "AEMR", "AEMG", "DEM", "ADEMGR")
 FLOATS = st.floats(1e-9, 0.5)
@@ -29,6 +32,8 @@ def recipes(draw: st.DrawFn) -> HybridRecipe:
         **draw(_runs()),
     }
     changes |= draw(_features(changes))
+    if draw(st.booleans()):
+        changes |= draw(_levers(changes))
     try:
         return with_paths(HybridRecipe(), changes)
     except MegaCppError:
@@ -99,8 +104,45 @@ def _features(draw: st.DrawFn, changes: dict[str, Any]) -> dict[str, Any]:
 
 
 @st.composite
+def _levers(draw: st.DrawFn, changes: dict[str, Any]) -> dict[str, Any]:
+    """Draw levers, each on as often as off; what a lever that is off says means nothing."""
+    depth, last = changes["depth"], changes["schedule.train_steps"]
+    steps = st.sets(st.integers(1, last), max_size=3).map(sorted)
+    layers = st.lists(st.integers(1, depth), max_size=2)
+    boundaries = st.sampled_from(((), (), ("data",), ("context", "data")))
+    letters = sorted(set(changes["pattern"].replace("|", "")[:depth]))
+    families = st.sampled_from(((), (), (letters[0],), tuple(letters)))
+    targets = st.sampled_from(("all", "all", *TARGETS))
+    found: dict[str, Any] = {}
+    for name in ("fire", "dash", "shrink"):
+        found[f"{name}.target"], found[f"{name}.families"] = draw(targets), draw(families)
+        found[f"{name}.layers"] = draw(layers)
+    for name in ("fire", "dash"):
+        found[f"{name}.steps"], found[f"{name}.boundaries"] = draw(steps), draw(boundaries)
+    stp = changes["parallelism.context_parallel_size"] == 1 and last > 1
+    found |= {
+        "fire.tolerance": draw(FLOATS),
+        "dash.batches": draw(st.integers(1, 99)),
+        "shrink.interval": draw(st.integers(0, min(last, 3))),
+        "shrink.rate": draw(FLOATS),
+        "stp.weight": draw(st.just(0.0) | FLOATS) if stp else 0.0,
+        "stp.measure": stp and draw(st.booleans()),
+        "stp.start_step": draw(st.integers(0, max(0, last - 1))),
+        "stp.layers": draw(layers),
+    }
+    if "E" in letters:
+        found |= {
+            "redo.report_interval": draw(st.integers(0, min(last, 3))),
+            "redo.steps": draw(steps),
+            "redo.decay": draw(FLOATS),
+        }
+    return {f"plasticity.{path}": value for path, value in found.items()}
+
+
+@st.composite
 def _shapes(draw: st.DrawFn) -> dict[str, Any]:
-    heads = draw(st.sampled_from((8, 16, 32)))
+    heads = draw(st.sampled_from((2, 8, 12, 16, 32)))
+    experts = draw(st.sampled_from((2, 4, 8)))
     names = (
         "hidden_size", "ffn_hidden_size", "seq_length", "attention.head_dim", "latent.q_lora_rank",
         "latent.kv_lora_rank", "latent.qk_head_dim", "latent.qk_pos_emb_head_dim",
@@ -112,14 +154,14 @@ def _shapes(draw: st.DrawFn) -> dict[str, Any]:
     return {
         **{f"model.{name}": draw(SIZES) for name in names},
         "model.attention.num_heads": heads,
-        "model.attention.num_query_groups": draw(st.sampled_from((4, 8))),
+        "model.attention.num_query_groups": draw(st.sampled_from((heads, heads // 2))),
         "model.mamba.num_groups": draw(st.sampled_from((4, 8))),
         "model.mamba.conv_width": draw(st.sampled_from((4, 4, 2))),
         "model.latent.layernorm": draw(st.booleans()),
         "model.rotary_base": draw(st.integers(1, 10**7)),
         "model.norm_epsilon": draw(FLOATS),
-        "model.experts.num_experts": draw(st.sampled_from((4, 8))),
-        "model.experts.topk": draw(st.integers(1, 4)),
+        "model.experts.num_experts": experts,
+        "model.experts.topk": draw(st.integers(1, min(experts, 4))),
         "model.experts.shared_expert_size": draw(st.sampled_from((0, 64))),
         "model.experts.activation": draw(st.sampled_from(("gelu", "squared_relu", "swiglu"))),
         "model.experts.aux_loss_coeff": draw(st.sampled_from((0.0, 1e-4)) | FLOATS),
@@ -146,6 +188,8 @@ def _runs(draw: st.DrawFn) -> dict[str, Any]:
         "schedule.lr": draw(FLOATS),
         "schedule.min_lr": 0.0,
         "schedule.weight_decay": draw(st.sampled_from((0.0, 0.01))),
+        "schedule.warmup_steps": draw(st.sampled_from((0, 10, 2_000))),
+        "schedule.decay_steps": draw(st.sampled_from((20, 100_000))),
         "schedule.train_steps": draw(st.integers(1, 10**6)),
         "schedule.seed": draw(st.integers(0, 2**31 - 1)),
         "cadence.eval_batches": draw(st.integers(1, 99)),
@@ -170,6 +214,11 @@ WORDS: dict[str, tuple[Any, ...]] = {
     "files.run_dir": ("/elsewhere", None),
     "parallelism.virtual_pipeline_model_parallel_size": (2, None),
     "parallelism.expert_tensor_parallel_size": (1, 2, None),
+    **{f"plasticity.{name}.target": ("attention", "experts", "all") for name in MATRIX_LEVERS},
+    **{f"plasticity.{name}.families": (("A",), ("M", "E"), ()) for name in MATRIX_LEVERS},
+    **{f"plasticity.{name}.layers": ((1,), (2, 1), ()) for name in LEVERS},
+    **{f"plasticity.{name}.steps": ((1,), (1, 2), ()) for name in ("fire", "dash", "redo")},
+    **{f"plasticity.{name}.boundaries": (("data",), ("context",), ()) for name in ("fire", "dash")},
 }
 
 

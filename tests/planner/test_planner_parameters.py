@@ -1,0 +1,103 @@
+"""The planned parameters are those of the model that is built."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import pytest
+import torch
+
+from megacpp_nemo.contract import RECIPE_NAMES, RecipeError, recipe
+from megacpp_nemo.contract.parameters import Selection
+from megacpp_nemo.planner.levers import fire_cost, placement
+from megacpp_nemo.planner.parameters import inventory, padded_vocabulary, parameters
+
+BUILT: dict[str, Any] = {
+    "features.sparse_attention": False,
+    "features.ngram_hash": False,
+    "features.structure": None,
+    "features.reset_state": False,
+    "model.mtp.num_layers": 0,
+}
+SMALL = ("nam56r_tiny", {"pattern": "AEMR", "depth": 4})
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in RECIPE_NAMES},
+    "grouped and dense": (
+        SMALL[0],
+        {**SMALL[1], "features.latent_attention": False, "features.experts": False},
+    ),
+    "gated, with latent norms": (
+        SMALL[0],
+        {**SMALL[1], "model.experts.activation": "swiglu", "model.latent.layernorm": True},
+    ),
+    "no shared expert": (SMALL[0], {**SMALL[1], "model.experts.shared_expert_size": 0}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_names_and_shapes_are_those_of_the_built_model(case: str) -> None:
+    from megacpp_nemo.model.proof import prove
+
+    name, changes = CASES[case]
+    intent = recipe(name, changes={**BUILT, **changes})
+    planned = {parameter.name: parameter.shape for parameter in parameters(intent)}
+    built = {
+        name.replace(".local_experts.", "."): shape
+        for name, shape in prove(intent).parameters.items()
+    }
+    # What a lowered command line builds has the vocabulary of its tokenizer.
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        assert planned[name] == (padded_vocabulary(intent), built[name][1])
+        built[name] = planned[name]
+    assert planned == built
+
+
+def test_the_vocabulary_is_padded_for_the_tensor_ranks() -> None:
+    changes = {**BUILT, "model.embedding.vocab_size": 65_537}
+    assert padded_vocabulary(recipe("nam56r", changes=changes)) % 256 == 0
+    assert padded_vocabulary(recipe("nam56r", changes=changes)) == 65_792
+
+
+def test_what_nothing_builds_yet_is_named() -> None:
+    known, unknown = inventory(recipe("nam56r"))
+    assert len(known) == 1030
+    assert unknown == (
+        "the indexers of 9 sparse attention layers",
+        "1 multi-token prediction depth",
+        "the n-gram memory",
+    )
+    with pytest.raises(RecipeError, match=r"(?s)Not all parameters.*n-gram memory"):
+        parameters(recipe("nam56r"))
+
+
+def test_a_placement_tells_every_matrix_once() -> None:
+    known = parameters(recipe("nam56r_tiny", changes=BUILT))
+    placed = placement(known, Selection(target="attention_qk"))
+    assert sum(item.size for item in placed) == sum(prod(p.shape) for p in known)
+    assert len({item.name for item in placed}) == len(placed)
+    chosen = {item.name.rpartition(".")[0] for item in placed if item.refusal is None}
+    assert all("self_attention.linear_" in name for name in chosen)
+    assert all(item.refusal for item in placed if "mixer" in item.name)
+
+
+def test_the_cost_of_fire_counts_its_matrix_products() -> None:
+    known = parameters(recipe("nam56r_tiny", changes=BUILT))
+    one = [p for p in known if p.name == "decoder.layers.1.mlp.experts.0.linear_fc1.weight"]
+    (item,) = placement(one, Selection())
+    long, short = max(item.shape), min(item.shape)
+    assert long < 2 * short  # so of degree 3, and too small for blocks
+    cost = fire_cost([item], iterations=10)
+    assert cost.flops == 11 * 2 * long * short**2 + 10 * 2 * long * short**2
+    assert cost.extra_bytes == 4 * (long * short + short * short)
+    assert fire_cost(placement(one, Selection(target="mamba"))).flops == 0
+
+
+def test_the_cost_is_of_the_polynomials_and_blocks_that_fire_uses() -> None:
+    from megacpp_nemo.callbacks import polar, symmetric
+    from megacpp_nemo.planner import levers
+
+    assert levers.QUINTIC_FROM == polar.QUINTIC_FROM
+    for size in (64, 256, 257, 1024, 1028, 3584):
+        kept = symmetric.Symmetric(size, like=torch.empty(0, device="meta")).flat.numel()
+        assert levers._kept(size) == pytest.approx(kept / size**2, abs=0.003)
