@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,12 +54,12 @@ def script(name: str, *args: str) -> str:
     return ""
 
 
-def test_there_are_three_and_each_guards_its_start():
-    assert SCRIPTS == ["compose.py", "own_sources.py", "two_processes.py"]
+def test_each_guards_its_start_and_is_short():
+    assert SCRIPTS == ["compose.py", "own_sources.py", "two_processes.py", "warm_start.py"]
     for name in SCRIPTS:
         text = (EXAMPLES / name).read_text()
         assert 'if __name__ == "__main__":' in text
-        assert len(text.splitlines()) < 120
+        assert len(text.splitlines()) < 230
 
 
 @pytest.mark.parametrize("name", ["compose.py", "two_processes.py"])
@@ -116,3 +118,20 @@ def test_two_processes_train_one_model(sources, tmp_path, monkeypatch, capfd):
     ranks = {path.name.split("_")[2] for path in weights.glob("__*.distcp")}
     assert ranks == {"0", "1"}
     assert "at step 1" in capfd.readouterr().out
+
+
+def test_warm_start_goes_on_from_the_first_half_with_each_lever(sources, tmp_path):
+    def made() -> Path:
+        from megacpp_nemo.data.corpus import CorpusSpec, build_corpus
+
+        return build_corpus(CorpusSpec(root=str(sources), vocab_size=2048)).tokenizer_dir
+
+    folder = tmp_path / "warm"
+    shutil.copytree(in_process(made), folder / "tokenizer")
+    common = ("--folder", str(folder), "--steps", "4", "--corpus", str(sources))
+    for arm in ("first", "fire", "shrink_perturb"):
+        words = (*common, "--later", "file_1*", "--only", "1", arm)
+        assert in_process(script, "warm_start.py", *words) == ""
+        assert json.loads((folder / "seed_1" / arm / "curve.json").read_text())[-1][0] == 4
+    journal = (folder / "seed_1" / "fire" / "plasticity" / "journal.jsonl").read_text()
+    assert '"cause": "data"' in journal
