@@ -40,7 +40,8 @@ def test_the_tour_names_files_that_exist() -> None:
     folders = [
         ROOT / name for name in ("megacpp_nemo/contract", "megacpp_nemo/lowering", "recipes")
     ]
-    folders += [ROOT / "megacpp_nemo" / name for name in ("callbacks", "data", "host", "model", "planner")]
+    rooms = ("callbacks", "data", "host", "model", "planner")
+    folders += [ROOT / "megacpp_nemo" / name for name in rooms]
     known = {path.name for folder in folders for path in folder.glob("*.py")}
     named = re.findall(r"`(\w+\.py)`", tour)
     assert len(named) > 20

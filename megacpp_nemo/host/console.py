@@ -10,6 +10,8 @@ import logging
 import sys
 import warnings
 
+from tqdm import tqdm
+
 # Said of every machine without CUDA libraries, on every start. What is used instead is in the
 # log, in one line of ours.
 KNOWN_WARNINGS = (
@@ -38,13 +40,21 @@ def quiet_terminal() -> None:
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_is_news)
 
 
+class _AboveTheBar(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes whole lines where a progress bar may stand half drawn."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take the bar away, write, and draw it again."""
+        tqdm.write(self.format(record), file=self.stream)
+
+
 def announce() -> logging.Logger:
     """Return this package's logger, showing its messages and writing them to NeMo's log file."""
     logger = logging.getLogger("megacpp_nemo")
     logger.setLevel(logging.INFO)
     logger.propagate = False
     if not logger.handlers:
-        terminal = logging.StreamHandler(sys.stderr)
+        terminal = _AboveTheBar(sys.stderr)
         terminal.setFormatter(logging.Formatter("megacpp_nemo: %(message)s"))
         logger.addHandler(terminal)
     for handler in logging.getLogger("nemo_logger").handlers:
