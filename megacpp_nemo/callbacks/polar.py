@@ -119,9 +119,11 @@ def polar_(
         max_iterations: At most so many iterations.
 
     Raises:
-        RuntimeRefusal: On every rank and before anything is written, if an entry is not finite.
+        RuntimeRefusal: Before anything is written, if it is no matrix of this shape, or, on every
+            rank, an entry is not finite.
     """
     layout = TallShare(shape=shape, split=split, group=group)
+    layout.check(share)
     norm = _norm(share, layout)
     if norm < torch.finfo(torch.float32).tiny:
         return Outcome(0, False, 1.0, 1.0)

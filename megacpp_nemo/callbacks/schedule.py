@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from nemo.utils.app_state import AppState
 
 from megacpp_nemo.callbacks.activity import ActivityMeter
@@ -100,7 +99,7 @@ class PlasticitySchedule(pl.Callback):
         self._ledger.refuse_past(self.plasticity, trainer.global_step)
         causes = self._causes(trainer)
         self._ledger.phase = Phase.of(trainer.datamodule)
-        self._attach(pl_module)
+        self._attach()
         self._journal.start(
             trainer.global_step, {name: vars(self._lever(name)) for name in self.on}
         )
@@ -108,7 +107,7 @@ class PlasticitySchedule(pl.Callback):
             wanted = getattr(self._lever(name), "boundaries", ())
             cause = next((cause for cause in causes if cause in wanted), None)
             if cause is not None:
-                self._act(trainer, pl_module, name, cause)
+                self._act(trainer, name, cause)
 
     @property
     def on(self) -> tuple[str, ...]:
@@ -128,13 +127,13 @@ class PlasticitySchedule(pl.Callback):
         if self._meter:
             self._meter.step()
         if step % trainer.log_every_n_steps == 0:
-            self._note_curves(trainer, pl_module)
+            self._note_curves(trainer)
         for name in self.on:
             if self._is_due(name, step):
-                self._act(trainer, pl_module, name, "step")
+                self._act(trainer, name, "step")
         redo = self.plasticity.redo
         if self._meter and redo.report_interval and step % redo.report_interval == 0:
-            self._record(trainer, pl_module, report(self._meter, redo, step=step))
+            self._record(trainer, report(self._meter, redo, step=step))
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Take the hooks off the model."""
@@ -193,7 +192,7 @@ class PlasticitySchedule(pl.Callback):
             )
         return ()
 
-    def _attach(self, pl_module: Any) -> None:
+    def _attach(self) -> None:
         config: Any = self._models[0].config
         seed = int(getattr(config, "seed", 0))
         if "stp" in self.on:
@@ -203,7 +202,7 @@ class PlasticitySchedule(pl.Callback):
             if self._meter_state:
                 self._meter.load_state_dict(self._meter_state)
 
-    def _act(self, trainer: Any, pl_module: Any, name: str, cause: str) -> None:
+    def _act(self, trainer: Any, name: str, cause: str) -> None:
         """Run one lever, and keep what came of it."""
         began = time.monotonic()
         self._acting = name
@@ -212,7 +211,7 @@ class PlasticitySchedule(pl.Callback):
             action = self._actions(trainer, cause)[name]()
         self._ledger.did(name, trainer.global_step)
         self._acting = ""
-        self._record(trainer, pl_module, action, time.monotonic() - began)
+        self._record(trainer, action, time.monotonic() - began)
 
     def _actions(self, trainer: Any, cause: str) -> dict[str, Callable[[], Action]]:
         step, levers, optimizers = trainer.global_step, self.plasticity, trainer.optimizers
@@ -228,9 +227,7 @@ class PlasticitySchedule(pl.Callback):
             ),
         }
 
-    def _record(
-        self, trainer: Any, pl_module: Any, action: Action, seconds: float | None = None
-    ) -> None:
+    def _record(self, trainer: Any, action: Action, seconds: float | None = None) -> None:
         """Put an action of all ranks into the journal, the log and TensorBoard."""
         # ReDo's statistics, and so what it did, are known whole on every rank.
         whole = action if action.lever == "redo" else merged(action, seconds=seconds)
@@ -238,22 +235,23 @@ class PlasticitySchedule(pl.Callback):
         words = ", ".join(f"{name} {value:.4g}" for name, value in whole.totals.items())
         if trainer.is_global_zero:
             logger.info("%s at step %d (%s): %s", whole.lever, whole.step, whole.cause, words)
-        self._log(pl_module, {f"{whole.lever}/{name}": v for name, v in whole.totals.items()})
+        self._log(trainer, {f"{whole.lever}/{name}": v for name, v in whole.totals.items()})
 
-    def _note_curves(self, trainer: Any, pl_module: Any) -> None:
+    def _note_curves(self, trainer: Any) -> None:
         values: dict[str, float] = {}
         loss = trainer.callback_metrics.get("reduced_train_loss")
         if loss is not None and trainer.is_global_zero:
             values["loss"] = float(loss)
         if self._tube and self._tube.value is not None:
             values["stp_loss"] = self._tube.value
-            self._log(pl_module, {"stp_loss": self._tube.value})
+            self._log(trainer, {"stp_loss": self._tube.value})
         self._journal.curves(trainer.global_step, values)
 
     @staticmethod
-    def _log(pl_module: Any, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            pl_module.log(name, torch.tensor(float(value)), batch_size=1, rank_zero_only=True)
+    def _log(trainer: Any, values: dict[str, float]) -> None:
+        """Write values of this step at once: Lightning's own way keeps those of some steps only."""
+        for writer in trainer.loggers:
+            writer.log_metrics(values, step=trainer.global_step)
 
 
 def _run_folder(trainer: Any) -> Path:

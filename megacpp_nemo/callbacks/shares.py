@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megacpp_nemo.contract.errors import RuntimeRefusal
+
 
 @dataclass(frozen=True, kw_only=True)
 class TallShare:
@@ -41,6 +43,25 @@ class TallShare:
     def short(self) -> int:
         """Length of the short side."""
         return min(self.shape)
+
+    def check(self, share: Tensor) -> None:
+        """Refuse what cannot be a share of such a matrix.
+
+        Raises:
+            RuntimeRefusal: If it is no fp32 matrix, or does not fit the whole one's shape.
+        """
+        kept = [side for side in range(2) if side != self.split]
+        fits = share.dim() == 2 == len(self.shape) and all(
+            share.size(side) == self.shape[side] for side in kept
+        )
+        if not fits or share.dtype is not torch.float32:
+            raise RuntimeRefusal(
+                "Only a matrix has a polar factor",
+                given=f"{str(share.dtype).removeprefix('torch.')} of shape {tuple(share.shape)}, "
+                f"for a whole of {tuple(self.shape)} split along {self.split}",
+                allowed="float32 [out, in], or rows or columns of it",
+                hint="one matrix at a time, as the parts of a fused parameter or one expert",
+            )
 
     def take(self, share: Tensor) -> Tensor:
         """Return this rank's rows `[rows, short]` of the tall matrix: a view where one will do.

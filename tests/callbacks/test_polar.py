@@ -374,3 +374,18 @@ def test_an_entry_that_is_not_finite_on_one_rank_is_refused_on_both():
         return torch.equal(share.nan_to_num(), before.nan_to_num())
 
     assert in_processes(run, ranks=2) == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "shape"),
+    [
+        (torch.zeros(2, 3, 4), (2, 3, 4)),
+        (torch.zeros(4), (4,)),
+        (torch.zeros(4, 3), (3, 4)),
+        (torch.zeros(4, 3, dtype=torch.bfloat16), (4, 3)),
+    ],
+    ids=["three dimensions", "one", "another shape", "bf16"],
+)
+def test_what_is_no_matrix_is_refused(tensor, shape):
+    with pytest.raises(RuntimeRefusal, match="Only a matrix has a polar factor"):
+        polar_(tensor, shape=shape)

@@ -91,6 +91,30 @@ def test_the_journal_says_what_came_of_an_action(whole: tuple[Path, Any]) -> Non
     assert [("stp_loss" in event["values"]) for event in curves] == [False] * 3 + [True] * 17
 
 
+def test_an_action_is_in_tensorboard_at_its_step(sources: Path, tmp_path: Path) -> None:
+    def run() -> dict[str, list[tuple[int, float]]]:
+        import nemo_run
+        from lightning.pytorch.loggers import TensorBoardLogger
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        from megacpp_nemo.callbacks.schedule import PlasticitySchedule
+
+        levers = Plasticity(fire=FireLever(steps=(2,)), stp=StpLever(weight=0.1, start_step=0))
+        callback = nemo_run.Config(PlasticitySchedule, plasticity=levers)
+        partial = configure(small_recipe(), sources, tmp_path, steps=4, callbacks=[callback])
+        partial.log.tensorboard = nemo_run.Config(TensorBoardLogger, save_dir="tb", name="")
+        partial.trainer.log_every_n_steps = 3
+        train(partial)
+        (events,) = tmp_path.rglob("events.out.tfevents*")
+        read = EventAccumulator(str(events))
+        read.Reload()
+        return {tag: [e.step for e in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
+
+    steps = in_process(run)
+    assert steps["fire/dfi_after"] == [2]
+    assert steps["stp_loss"] == [3]
+
+
 def test_a_run_resumed_in_the_middle_of_a_schedule_is_the_uninterrupted_one_bit_for_bit(
     whole: tuple[Path, Any], sources: Path, tmp_path: Path
 ) -> None:
