@@ -42,8 +42,8 @@ class Given:
 
     @property
     def argv(self) -> tuple[str, ...]:
-        """The flag and its values; joined by `=` where argparse would take the value for a flag."""
-        if len(self.texts) == 1 and not _is_value(self.texts[0], ()):
+        """The flag and its values; joined by `=` where the value begins with a dash."""
+        if len(self.texts) == 1 and self.texts[0].startswith("-"):
             return (f"{self.spelling}={self.texts[0]}",)
         return (self.spelling, *self.texts)
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from megacpp_nemo.contract.errors import LoweringError
+from megacpp_nemo.contract.pattern import BlockFamily
+from megacpp_nemo.contract.plasticity import LEVERS
 from megacpp_nemo.lowering.arguments import dead_flags, parse
 from megacpp_nemo.lowering.plan import Plan
 from megacpp_nemo.lowering.policy import LaunchOptions
 from megacpp_nemo.lowering.releases import Release
+
+# Families that lower to one and the same layer.
+UNCLEAR = {BlockFamily.ATTENTION, BlockFamily.SPARSE_ATTENTION}
 
 
 def refuse_unowned(plan: Plan) -> None:
@@ -22,6 +27,7 @@ def refuse_unowned(plan: Plan) -> None:
             allowed="False",
             hint="features.reset_attention_mask=false",
         )
+    _refuse_unclear_families(plan)
     if plan.seams and not plan.release.carries_spec:
         raise LoweringError(
             f"Nobody owns these on Megatron {plan.release.name}: "
@@ -30,6 +36,27 @@ def refuse_unowned(plan: Plan) -> None:
             allowed="a release this package's spec supports: 0.16.1 or later",
             hint="release='0.16.1', or " + ", ".join(seam.off for seam in plan.seams),
         )
+
+
+def _refuse_unclear_families(plan: Plan) -> None:
+    """Refuse a lever that tells A from D: on Megatron's side both are one sparse layer."""
+    families = plan.recipe.layers.layers
+    if BlockFamily.SPARSE_ATTENTION not in families:
+        return
+    for name in LEVERS:
+        lever = getattr(plan.recipe.plasticity, name)
+        chosen = {BlockFamily.from_name(each) for each in getattr(lever, "families", ())}
+        if lever.on and chosen & UNCLEAR:
+            numbers = range(1, len(families) + 1)
+            own = [n for n, family in zip(numbers, families, strict=True) if family in chosen]
+            layers = [n for n in own if not lever.layers or n in lever.layers]
+            raise LoweringError(
+                f"plasticity.{name}.families tells A from D, and a Megatron command line does not: "
+                "there a D is an A of a sparse rank",
+                given=f"plasticity.{name}.families={list(lever.families)} in a pattern with D",
+                allowed=f"families without A and D, or plasticity.{name}.layers",
+                hint=f"plasticity.{name}.families=[], plasticity.{name}.layers={layers}",
+            )
 
 
 def refuse_seams(plan: Plan) -> None:

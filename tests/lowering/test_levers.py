@@ -109,6 +109,25 @@ def test_a_lever_is_lifted_and_stays_on_every_release():
     assert found.graduated == ()
 
 
+@pytest.mark.parametrize("families", [("D",), ("a", "M"), ("dblock", "E")])
+def test_a_lever_that_tells_sparse_from_full_attention_is_told_by_layers(families):
+    changes = {
+        "pattern": "ADEM", "depth": 8, "a_ranks": (), "fire.steps": (1,), "fire.families": families,
+        "fire.layers": (1, 2, 3, 4, 6),
+    }  # fmt: skip
+    with pytest.raises(LoweringError, match=r"fire\.families tells A from D") as caught:
+        lower(recipe("nam56r", changes=changes))
+    text = caught.value.hint
+    changes |= {
+        "fire.families": (),
+        "fire.layers": tuple(map(int, text[text.rindex("[") + 1 : -1].split(","))),
+    }
+    lowering = lower(recipe("nam56r", changes=changes))
+    assert lift(lowering.argv, "0.16.1").plasticity.fire.layers == changes["fire.layers"]
+    wanted = {"D": (2, 6), "a": (1, 4), "dblock": (2, 3, 6)}[families[0]]
+    assert changes["fire.layers"] == wanted
+
+
 def test_a_lifted_lever_may_act_later_than_recipes_are_long():
     changes = {**NATIVE, "train_steps": 10**6, "fire.steps": (10**6,)}
     argv = lower(recipe("nam52", changes=changes)).argv
