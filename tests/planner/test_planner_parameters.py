@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from megacpp_nemo.contract import RECIPE_NAMES, RecipeError, recipe
+from megacpp_nemo.contract import RECIPE_NAMES, HybridRecipe, RecipeError, recipe
 from megacpp_nemo.contract.parameters import Selection
 from megacpp_nemo.planner.levers import fire_cost, placement
 from megacpp_nemo.planner.parameters import inventory, padded_vocabulary, parameters
+from tests.support.processes import in_process
 
 BUILT: dict[str, Any] = {
     "features.sparse_attention": False,
@@ -35,17 +36,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_names_and_shapes_are_those_of_the_built_model(case: str) -> None:
+def intent_of(case: str) -> HybridRecipe:
+    name, changes = CASES[case]
+    return recipe(name, changes={**BUILT, **changes})
+
+
+@pytest.fixture(scope="module")
+def proofs() -> dict[str, dict[str, tuple[int, ...]]]:
+    """Shapes by name of each case's model, all built in one process that ends with them."""
     from megacpp_nemo.model.proof import prove
 
-    name, changes = CASES[case]
-    intent = recipe(name, changes={**BUILT, **changes})
+    return in_process(lambda: {case: dict(prove(intent_of(case)).parameters) for case in CASES})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_names_and_shapes_are_those_of_the_built_model(case: str, proofs: Any) -> None:
+    intent = intent_of(case)
     planned = {parameter.name: parameter.shape for parameter in parameters(intent)}
-    built = {
-        name.replace(".local_experts.", "."): shape
-        for name, shape in prove(intent).parameters.items()
-    }
+    built = {name.replace(".local_experts.", "."): shape for name, shape in proofs[case].items()}
     # What a lowered command line builds has the vocabulary of its tokenizer.
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         assert planned[name] == (padded_vocabulary(intent), built[name][1])
