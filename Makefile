@@ -24,7 +24,7 @@ test: $(VENV)/.installed-dev lint
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict megacpp_nemo/contract megacpp_nemo/lowering megacpp_nemo/cli
+	$(BIN)/mypy --strict megacpp_nemo/contract megacpp_nemo/planner megacpp_nemo/lowering megacpp_nemo/cli
 	$(BIN)/mypy
 
 docs: $(VENV)/.installed-dev

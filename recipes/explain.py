@@ -69,11 +69,12 @@ def check_form(args: Sequence[str]) -> None:
             continue
         path = before[:-1].strip()
         if path == CALLBACKS and not value.lstrip().startswith("["):
+            bare = value.strip().strip("\"'").strip("[]")
             raise RecipeError(
                 f"What is added to {CALLBACKS} is a list",
                 given=arg,
                 allowed=f"{CALLBACKS}+=[CALLBACK, ...]",
-                hint=f"{before}=[{value.strip()}]",
+                hint=f"{before}=[{bare}]",
             )
         if before in added:
             raise RecipeError(

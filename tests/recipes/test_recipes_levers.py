@@ -256,6 +256,7 @@ def test_a_command_line_resolves_to_the_levers_it_names(nemo, factory, overrides
     ("factory", "override", "said"),
     [
         ("nam56r_tiny", "trainer.callbacks+=fire(steps=[5])", "callbacks+=[fire(steps=[5])]"),
+        ("nam56r_tiny", 'trainer.callbacks+="[fire(steps=[5])]"', "callbacks+=[fire(steps=[5])]\n"),
         ("nam56r_tiny", "trainer.callbacks+=[fier(steps=[5])]", "fire, dash, shrink, redo, stp"),
         ("nam56r_tiny", "trainer.callbacks+=[fire(stps=[5])]", "boundaries, tolerance"),
         ("nam56r_tiny", "trainer.callbacks=[fire(steps=5)]", "FireLever.steps cannot be 5"),
