@@ -1,7 +1,7 @@
 """What the scans and the convolution check and read of their arguments.
 
-Shapes (`bind_shapes`, `check_shared`, `check_chunk_size`), where a document begins
-(`document_index`) and in which precision the arithmetic runs (`compute_dtype`).
+Shapes (`bind_shapes`, `check_shared`, `check_chunk_size`), devices (`check_same_device`), where a
+document begins (`document_index`) and in which precision the arithmetic runs (`compute_dtype`).
 """
 
 from __future__ import annotations
@@ -70,6 +70,22 @@ def check_chunk_size(chunk_size: int) -> None:
             given=f"chunk_size={chunk_size}",
             allowed="chunk_size >= 1",
             hint="leave chunk_size at its default",
+        )
+
+
+def check_same_device(**named: Tensor | None) -> None:
+    """Require tensors to lie on one device: a kernel would read another's memory as its own.
+
+    Raises:
+        RuntimeRefusal: They do not.
+    """
+    devices = {name: str(tensor.device) for name, tensor in named.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        raise RuntimeRefusal(
+            "the inputs lie on different devices",
+            given=", ".join(f"{name} on {device}" for name, device in devices.items()),
+            allowed="one device for all",
+            hint="move them with tensor.to(device)",
         )
 
 

@@ -5,8 +5,9 @@
     y_t = q_t^T H_t
 
 `m2rnn_sequential` is these equations, one token at a time under autograd. `m2rnn_scan` is the
-same map with its own backward pass: it keeps the state at chunk boundaries only, and takes
-everything that is not the state itself out of the loop over tokens.
+same map with its own backward pass, which keeps the state at chunk boundaries only. Three pieces
+of code do so: `m2rnn_kernel` in torch, `m2rnn_compiled` in C, `m2rnn_triton` in Triton;
+`m2rnn_paths` chooses.
 """
 
 from __future__ import annotations
@@ -17,8 +18,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megacpp_nemo.model.arguments import bind_shapes, check_chunk_size, check_shared, compute_dtype
+from megacpp_nemo.model.arguments import (
+    bind_shapes,
+    check_chunk_size,
+    check_same_device,
+    check_shared,
+    compute_dtype,
+)
 from megacpp_nemo.model.m2rnn_kernel import Scan, find_restarts
+from megacpp_nemo.model.m2rnn_paths import choose_path
 
 
 def forget_gate(x_f: Tensor, A_log: Tensor, dt_bias: Tensor) -> Tensor:
@@ -72,22 +80,22 @@ def m2rnn_sequential(
     sizes = _check(q, k, v, f, W, document_ids, initial_state)
     dtype = compute_dtype(q, k, v, f, W)
     with torch.autocast(v.device.type, enabled=False):
-        queries, keys = (_per_head(t.to(dtype), sizes) for t in (q, k))
-        values, gates, transition = v.to(dtype), f.to(dtype), W.to(dtype)
-        state = _initial(initial_state, values, sizes)
+        queries, keys = (_per_head(t.to(dtype), sizes).unbind(1) for t in (q, k))
+        values, gates, transition = v.to(dtype).unbind(1), f.to(dtype).unbind(1), W.to(dtype)
+        state = _initial(initial_state, v.to(dtype), sizes)
         outputs = []
         for t in range(sizes["seq"]):
             if document_ids is not None and t > 0:
                 starts = document_ids[:, t] != document_ids[:, t - 1]
                 state = state.masked_fill(starts[:, None, None, None], 0.0)
-            drive = keys[:, t, :, :, None] * values[:, t, :, None, :]
+            drive = keys[t][..., None] * values[t][..., None, :]
             update = torch.tanh(state @ transition + drive)
-            gate = gates[:, t, :, None, None]
+            gate = gates[t][..., None, None]
             state = gate * state + (1 - gate) * update
             if state_gradient_clip is not None and state.requires_grad:
                 clip = partial(torch.clamp, min=-state_gradient_clip, max=state_gradient_clip)
                 state.register_hook(clip)  # type: ignore[no-untyped-call]
-            outputs.append((queries[:, t, :, :, None] * state).sum(-2))
+            outputs.append((queries[t][..., None] * state).sum(-2))
     return torch.stack(outputs, dim=1).to(v.dtype), state
 
 
@@ -102,17 +110,48 @@ def m2rnn_scan(
     initial_state: Tensor | None = None,
     state_gradient_clip: float | None = 1.0,
     chunk_size: int = 32,
+    path: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Compute `m2rnn_sequential` fast, with a backward pass of its own.
 
     Arguments, results and errors are those of `m2rnn_sequential`, but the gradients cannot be
     differentiated again. `chunk_size` is the number of tokens between two stored states:
     backward recomputes one chunk at a time, so that seq / chunk_size states are held from
-    forward to backward, and 4 * chunk_size more during either pass. The default is the fastest
-    measured on CPU, where the states of a chunk should fit the cache.
+    forward to backward, and up to 4 * chunk_size more during either pass. The default is the
+    fastest measured on CPU, where the states of a chunk should fit the cache.
+
+    `path` is `auto`, the fastest of these that can run, or one demanded: `triton` (on a GPU, or
+    in Triton's interpreter), `compiled` (C, on a CPU) or `torch`; fp64 runs in torch only. A
+    demanded path that cannot run is a RuntimeRefusal.
     """
     sizes = _check(q, k, v, f, W, document_ids, initial_state, chunk_size)
     dtype = compute_dtype(q, k, v, f, W)
+    chosen = choose_path(path, v, dtype, sizes)
+    arguments = (q, k, v, f, W, document_ids, initial_state, state_gradient_clip, chunk_size)
+    if chosen == "triton":
+        from megacpp_nemo.model import m2rnn_triton
+
+        return m2rnn_triton.scan(*arguments)
+    if chosen == "compiled":
+        from megacpp_nemo.model import m2rnn_compiled
+
+        return m2rnn_compiled.scan(*arguments)
+    return _torch_scan(*arguments, sizes, dtype)
+
+
+def _torch_scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    f: Tensor,
+    W: Tensor,
+    document_ids: Tensor | None,
+    initial_state: Tensor | None,
+    state_gradient_clip: float | None,
+    chunk_size: int,
+    sizes: dict[str, int],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     # Time first, so that one token is one block of memory; heads before batch, so that one
     # product with W serves all rows of a head.
     queries, keys = (_per_head(t.to(dtype), sizes).permute(1, 2, 0, 3) for t in (q, k))
@@ -157,5 +196,8 @@ def _check(
         initial_state=(initial_state, "batch heads K V"),
     )
     check_shared(sizes, "heads", "qk_heads")
+    check_same_device(
+        v=v, q=q, k=k, f=f, W=W, document_ids=document_ids, initial_state=initial_state
+    )
     check_chunk_size(chunk_size)
     return sizes
