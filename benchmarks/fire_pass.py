@@ -46,6 +46,10 @@ def flops_per_second(device: torch.device, size: int = 2048) -> float:
     return 2 * size**3 / float(min(seconds_of(device, lambda: a @ a)[0] for _ in range(4)))
 
 
+# What is measured: the layers themselves.
+PLAIN: dict[str, Any] = {"sparse_attention": False, "mtp.num_layers": 0}
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -55,7 +59,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    placed = placement(inventory(recipe(given.recipe)).parameters, Selection())
+    placed = placement(inventory(recipe(given.recipe, changes=PLAIN)).parameters, Selection())
     chosen = [item for item in placed if item.refusal is None]
     counts = Counter(item.shape for item in chosen)
     rate = flops_per_second(device)

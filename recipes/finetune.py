@@ -15,7 +15,7 @@ from nemo import lightning as nl
 from nemo.collections import llm
 
 from megacpp_nemo.contract import HybridRecipe, LayerPattern, RecipeError
-from megacpp_nemo.host.checkpoint import is_complete, newest_checkpoint
+from megacpp_nemo.host.checkpoint_folder import is_complete, newest_checkpoint
 from megacpp_nemo.lowering.table import CONFIG, ROWS, Row
 from megacpp_nemo.recipes.build import to_nemo
 

@@ -1,5 +1,7 @@
 """Order of the tests: those that fork come before those that leave threads behind.
 
+Small C++ sources and one starting checkpoint are shared by every run of a test.
+
 `--megatron-sources DIR` turns on the tests that read real Megatron-LM trees, `DIR/<release>/`.
 """
 
@@ -29,6 +31,30 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     that a forked child (`tests.support.processes`) does not have and would wait for.
     """
     items.sort(key=lambda item: "tests/data/" in item.nodeid)
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sources of a corpus."""
+    import megacpp_nemo.recipes  # noqa: F401 - forked runs share the import
+    from tests.support.training import write_sources
+
+    return write_sources(tmp_path_factory.mktemp("corpus") / "sources")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint written by one process after two steps."""
+    from tests.support.processes import in_process
+    from tests.support.training import configure, small_recipe, train
+
+    folder = tmp_path_factory.mktemp("start")
+
+    def run() -> None:
+        train(configure(small_recipe(), sources, folder, steps=2))
+
+    in_process(run)
+    return folder / "checkpoints" / "step=2"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -43,6 +43,15 @@ def imported(module: str, source: str) -> set[str]:
     return names
 
 
+def at_once(source: str) -> str:
+    """Return what of `source` runs when it is imported: all but the bodies of functions."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            node.body = [ast.Pass()]
+    return ast.unparse(tree)
+
+
 def storey(name: str) -> str:
     """Return the folder of the package that a dotted name lies in; empty outside of it."""
     parts = name.split(".")
@@ -76,10 +85,15 @@ def test_every_room_is_in_a_storey():
 
 
 def test_the_command_line_needs_no_more_than_the_ground_storey():
-    """`megacpp` starts at once and runs without torch and NeMo."""
+    """`megacpp` starts at once and runs without torch and NeMo.
+
+    `generate` runs a model, and imports what that needs only then: when it starts, it is as the
+    others are.
+    """
     for module, path in files():
         if storey(module) == "cli":
-            names = imported(module, path.read_text())
+            source = path.read_text()
+            names = imported(module, at_once(source) if module.endswith(".generate") else source)
             above = {name for name in names if storey(name) in (*MIDDLE, "recipes", "launch")}
             outside = {name for name in names if name.partition(".")[0] in ("torch", "nemo")}
             assert not above | outside, module

@@ -6,12 +6,15 @@ TensorBoard gets, for each expert layer and over the steps since the last report
 - `experts/layer_N/least`: tokens of the idlest expert over that mean;
 - `experts/layer_N/dropped`: share of assignments beyond the experts' capacity, where there is one;
 
-and `experts/most`, `experts/least` and `experts/dropped`, the extremes over the layers.
+and `experts/most`, `experts/least` and `experts/dropped`, the extremes over the layers. The layers
+of a prediction depth are taken together, under a number behind the last layer's.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -34,11 +37,11 @@ class ExpertLoad:
         bare = hybrid_models(models)
         config: Any = bare[0].config
         self._topk, experts = config.moe_router_topk, config.num_moe_experts or 0
+        self._padded = config.moe_pad_expert_input_to_capacity
         # By layer: tokens of each expert; then the tokens that came.
         device = next(bare[0].parameters()).device
-        self._counts = torch.zeros(
-            config.num_layers, experts + 1, dtype=torch.float64, device=device
-        )
+        rows = config.num_layers + (config.mtp_num_layers or 0)
+        self._counts = torch.zeros(rows, experts + 1, dtype=torch.float64, device=device)
         self._hooks = [
             router.register_forward_hook(self._hook(number - 1))
             for number, router in _routers(bare)
@@ -62,11 +65,13 @@ class ExpertLoad:
         found: dict[str, float] = {}
         for number, row in enumerate(counts.tolist(), start=1):
             *loads, tokens = row
-            if tokens:
-                mean = sum(loads) / len(loads)
-                found[f"experts/layer_{number}/most"] = max(loads) / mean
-                found[f"experts/layer_{number}/least"] = min(loads) / mean
-                found[f"experts/layer_{number}/dropped"] = 1 - sum(loads) / (tokens * self._topk)
+            if not tokens:
+                continue
+            name, mean = f"experts/layer_{number}", sum(loads) / len(loads)
+            # Where nothing was sent anywhere, a diverged router's scores are no numbers.
+            found[f"{name}/most"] = max(loads) / mean if mean else math.nan
+            found[f"{name}/least"] = min(loads) / mean if mean else math.nan
+            found[f"{name}/dropped"] = 1 - sum(loads) / (tokens * self._topk)
         for name, pick in (("most", max), ("least", min), ("dropped", max)):
             layers = [value for key, value in found.items() if key.endswith(f"/{name}")]
             if layers:
@@ -78,9 +83,11 @@ class ExpertLoad:
             if not (router.training and torch.is_grad_enabled()):
                 return
             probabilities, chosen = output
-            # Padding to capacity chooses tokens that no expert was asked to take.
-            sent = (chosen.bool() & (probabilities.detach() > 0)).sum(0)
-            self._counts[row, :-1] += sent
+            sent = chosen.bool()
+            if self._padded:
+                # Padding to capacity chooses tokens that no expert was asked to take.
+                sent = sent & (probabilities.detach() > 0)
+            self._counts[row, :-1] += sent.sum(0)
             self._counts[row, -1] += len(chosen)
 
         return count
@@ -89,7 +96,9 @@ class ExpertLoad:
 def _routers(models: list[Any]) -> Iterator[tuple[int, TopKRouter]]:
     """Yield the routers of this rank's layers, with their 1-based layer numbers."""
     for model in models:
-        for layer in model.decoder.layers:
+        depths = model.mtp.layers if hasattr(model, "mtp") else ()
+        inner = (depth.mtp_model_layer.layers for depth in depths)
+        for layer in chain(model.decoder.layers, *inner):
             for module in layer.modules():
                 if isinstance(module, TopKRouter):
                     yield layer.layer_number, module

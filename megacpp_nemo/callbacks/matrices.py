@@ -27,6 +27,7 @@ _COLUMN_PARALLEL = (
     "linear_q_proj",
     "_up_proj",
     "_down_proj",
+    "eh_proj",
 )
 
 
@@ -133,7 +134,7 @@ def parameters_of(model: nn.Module) -> Iterator[tuple[Parameter, nn.Parameter]]:
         RecipeError: If no rule says what a parameter is.
     """
     config: Any = model.config
-    shape, _ = shape_of(config)
+    shape, features = shape_of(config)
     first = _first_layer(model)
     for name, weight in model.named_parameters():
         routed = ".mlp.experts." in name
@@ -144,6 +145,7 @@ def parameters_of(model: nn.Module) -> Iterator[tuple[Parameter, nn.Parameter]]:
                 tuple(weight.shape),
                 layers=config.layers,
                 model=shape,
+                mamba=features.mamba,
                 tensor_ranks=ranks,
                 tensor_rank=rank,
                 first_layer=first,

@@ -126,7 +126,7 @@ class PlasticitySchedule(pl.Callback):
             self._tube.end_step()
         if self._meter:
             self._meter.step()
-        if step % trainer.log_every_n_steps == 0:
+        if trainer.log_every_n_steps and step % trainer.log_every_n_steps == 0:
             self._note_curves(trainer)
         for name in self.on:
             if self._is_due(name, step):

@@ -25,6 +25,7 @@ WORDS = {
     "megacpp_nemo.contract.field_paths()": "megacpp table",
     "`add_release`": "megacpp releases add",
     "overwrite=True": "--replace",
+    "max_new_tokens=": "--max-new-tokens ",
     "no cuda_graphs": "no --cuda-graphs",
     "cuda_graphs=": "--cuda-graphs ",
     "LaunchOptions.cuda_graphs": "--cuda-graphs",

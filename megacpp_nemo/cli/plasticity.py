@@ -108,6 +108,7 @@ def _groups(placed: Iterable[Placed]) -> dict[_Group, list[Placed]]:
     for item in placed:
         parameter = item.parameter
         what = re.sub(r"^decoder\.layers\.\d+\.", "", item.name)
+        what = re.sub(r"^mtp\.layers\.\d+\.", "mtp.layers.*.", what)
         what = re.sub(r"\.experts\.\d+\.", ".experts.*.", what)
         family = parameter.family.letter if parameter.family else ""
         # Layers that are left alone by number are one group, whatever their numbers.

@@ -38,6 +38,7 @@ COMMANDS = (
     Command("table", "table", "every setting and all its places"),
     Command("matrix", "matrix", "which recipes lower to which releases, with which seams"),
     Command("plasticity", "plasticity", "what a lever touches in a model, or did in a run"),
+    Command("generate", "generate", "how the model of a run goes on with a text"),
     Command("releases", "releases", "the Megatron releases that are known, and new ones"),
 )
 

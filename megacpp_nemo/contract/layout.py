@@ -157,7 +157,10 @@ def _parts(
             groups = model.attention.num_query_groups
             yield _Part("attention.num_query_groups", groups, TENSOR, tensor)
     if BlockFamily.MAMBA in families and features.mamba == "author":
-        yield _Part("author_mamba.num_heads", model.author_mamba.num_heads, TENSOR, tensor)
+        author = model.author_mamba
+        yield _Part("author_mamba.num_heads", author.num_heads, TENSOR, tensor)
+        # What all heads share is split by its width: B and C, and the angles.
+        yield _Part("author_mamba.state_dim / 4", author.num_angles, TENSOR, tensor)
     elif BlockFamily.MAMBA in families:
         yield from _mamba_parts(model, parallelism)
     if BlockFamily.RECURRENT in families:

@@ -119,7 +119,7 @@ class AuthorMambaShape(Checked):
     Args:
         num_heads: Heads; expand 2 gives twice the native lane's.
         head_dim: Width of one head.
-        state_dim: State size.
+        state_dim: State size; half of it turns, in pairs.
         mimo_rank: Rank of the multi-input multi-output form; 1 is SISO.
         chunk_size: Tokens per chunk of the scan.
     """
@@ -129,6 +129,21 @@ class AuthorMambaShape(Checked):
     state_dim: Positive = 128
     mimo_rank: Positive = 4
     chunk_size: Positive = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.state_dim % 4:
+            raise RecipeError(
+                "Mamba-3 turns half of its state in pairs",
+                given=f"state_dim={self.state_dim}",
+                allowed="multiples of 4",
+                hint=f"state_dim={4 * max(1, round(self.state_dim / 4))}",
+            )
+
+    @property
+    def num_angles(self) -> int:
+        """Pairs of the state's entries that turn."""
+        return self.state_dim // 4
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megacpp_nemo.contract.errors import RecipeError, lookup
 from megacpp_nemo.contract.pattern import BlockFamily, LayerPattern
@@ -68,10 +69,11 @@ class Parameter:
     """What one parameter is.
 
     Args:
-        name: Name in the whole model, `decoder.layers.2.mixer.in_proj.weight`, layers from 0.
+        name: Name in the whole model, `decoder.layers.2.mixer.in_proj.weight`, layers from 0;
+            in a multi-token prediction depth `mtp.layers.0.mtp_model_layer.layers.1.` and so on.
         shape: Its shape on the rank that was asked, `[out, in]` for a matrix.
         kind: What it does.
-        layer: 1-based layer number; None outside the layers.
+        layer: 1-based layer number; None outside the layers of the main pattern.
         family: Block family of its layer; None outside the layers.
         expert: 0-based expert; None if it belongs to none of the routed ones.
         parts: Logical matrices of a projection, in row order; empty for anything else.
@@ -91,6 +93,7 @@ class Parameter:
 
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_DEPTH = re.compile(r"mtp\.layers\.(\d+)\.(?:mtp_model_layer\.layers\.(\d+)\.)?(.+)")
 _EXPERT = re.compile(
     r"mlp\.experts\.(?:local_experts\.(?P<listed>\d+)\.(?P<module>linear_fc[12])\.weight"
     r"|(?P<bank>linear_fc[12])\.weight(?P<grouped>\d+))"
@@ -104,13 +107,18 @@ _OUTSIDE = {
     "decoder.final_norm.bias": ParameterKind.NORM,
 }
 _ENDINGS = (
-    (r"(?:.*\.)?(?:[a-z_]*norm|q_layernorm|kv_layernorm)\.(?:weight|bias)", ParameterKind.NORM),
+    (r"(?:.*\.)?(?:[A-Za-z_]*norm|q_layernorm|kv_layernorm)\.(?:weight|bias)", ParameterKind.NORM),
     (r".*\.layer_norm_(?:weight|bias)", ParameterKind.NORM),
     (r"mixer\.conv1d\.(?:weight|bias)", ParameterKind.CONVOLUTION),
-    (r"mixer\.(?:A_log|D|dt_bias)", ParameterKind.STATE),
+    (r"mixer\.(?:A_log|D|dt_bias|[BC]_bias|mimo_[xzo])", ParameterKind.STATE),
     (r"mixer\.transition", ParameterKind.TRANSITION),
     (r"mlp\.router\.(?:weight|bias|expert_bias)", ParameterKind.ROUTER),
     (r"mlp\.shared_experts\.gate_weight", ParameterKind.ROUTER),
+    # The indexer of sparse attention weighs its heads by the token, as a router its experts.
+    (
+        r"self_attention\.core_attention\.indexer\.linear_weights_proj\.weight",
+        ParameterKind.ROUTER,
+    ),
     (r".*\.bias", ParameterKind.BIAS),
 )
 _QUERY_KEY = ("q", "k", "k_rotary")
@@ -122,6 +130,7 @@ def classify(
     *,
     layers: LayerPattern,
     model: ModelShape,
+    mamba: str = "native",
     tensor_ranks: int = 1,
     tensor_rank: int = 0,
     first_layer: int = 0,
@@ -134,6 +143,7 @@ def classify(
         shape: Shape on this rank.
         layers: Families by depth, of the whole model.
         model: Widths and heads of the whole model.
+        mamba: Which mixer M layers have: `native` (Mamba-2) or `author` (Mamba-3).
         tensor_ranks: Ranks that split its matrices.
         tensor_rank: This rank among them.
         first_layer: Layers before this rank's pipeline stage.
@@ -142,20 +152,19 @@ def classify(
     Raises:
         RecipeError: If no rule knows the name, or the parts do not fill a fused matrix.
     """
-    found = _LAYER.fullmatch(name)
-    if not found:
-        if name not in _OUTSIDE:
-            raise _unknown(name, shape)
+    if name in _OUTSIDE:
         return Parameter(name=name, shape=tuple(shape), kind=_OUTSIDE[name])
-    number, ending = int(found[1]) + first_layer + 1, found[2]
-    family = layers.layers[number - 1]
-    whole = f"decoder.layers.{number - 1}.{ending}"
+    place = _place(name, layers, model, first_layer)
+    if place is None:
+        raise _unknown(name, shape)
+    prefix, number, family, ending = place
+    whole = f"{prefix}.{ending}"
     expert: int | None = None
     if matched := _EXPERT.fullmatch(ending):
         expert = int(matched["listed"] or matched["grouped"] or 0) + first_expert
         linear = matched["module"] or matched["bank"]
         module = f"mlp.experts.{linear}"
-        whole = f"decoder.layers.{number - 1}.mlp.experts.{expert}.{linear}.weight"
+        whole = f"{prefix}.mlp.experts.{expert}.{linear}.weight"
     else:
         for pattern, kind in _ENDINGS:
             if re.fullmatch(pattern, ending):
@@ -165,9 +174,13 @@ def classify(
         module, _, weight = ending.rpartition(".")
         if weight != "weight":
             raise _unknown(name, shape)
-    if module not in _PROJECTIONS or len(shape) != 2:
+    if module not in (_PROJECTIONS if family else _OF_DEPTHS) or len(shape) != 2:
         raise _unknown(name, shape)
-    rows = _PROJECTIONS[module](model, family, tensor_ranks, shape[0])
+    rows: _Rows = (("", shape[0]),)
+    if family:
+        authored = family is BlockFamily.MAMBA and mamba == "author"
+        rule = _AUTHORED.get(module) if authored else None
+        rows = (rule or _PROJECTIONS[module])(model, family, tensor_ranks, shape[0])
     period = sum(height for _, height in rows)
     if shape[0] % period and not (module in _SPLIT_AS_ONE and period % shape[0] == 0):
         raise RecipeError(
@@ -190,6 +203,32 @@ def classify(
         expert=expert,
         parts=parts,
     )
+
+
+class _Place(NamedTuple):
+    """Where a parameter stands: its module's name, layer, family, and the rest of its name."""
+
+    prefix: str
+    number: int | None
+    family: BlockFamily | None
+    ending: str
+
+
+def _place(name: str, layers: LayerPattern, model: ModelShape, first: int) -> _Place | None:
+    """Return where a parameter stands among the layers and prediction depths."""
+    if found := _LAYER.fullmatch(name):
+        index = int(found[1]) + first
+        return _Place(f"decoder.layers.{index}", index + 1, layers.layers[index], found[2])
+    if not (found := _DEPTH.fullmatch(name)):
+        return None
+    depth, inner, ending = found.groups()
+    if inner is None:
+        return _Place(f"mtp.layers.{depth}", None, None, ending)
+    families = model.mtp.pattern.layers
+    if int(inner) >= len(families):
+        return None
+    prefix = f"mtp.layers.{depth}.mtp_model_layer.layers.{inner}"
+    return _Place(prefix, None, families[int(inner)], ending)
 
 
 def _unknown(name: str, shape: Sequence[int]) -> RecipeError:
@@ -249,6 +288,15 @@ def _mixer_in(model: ModelShape, family: BlockFamily, ranks: int, height: int) -
     return (("z", inner), ("x", inner), ("B", state), ("C", state), ("dt", heads))
 
 
+def _author_in(model: ModelShape, family: BlockFamily, ranks: int, height: int) -> _Rows:
+    mamba = model.author_mamba
+    inner = mamba.num_heads * mamba.head_dim // ranks
+    shared = mamba.mimo_rank * mamba.state_dim // ranks
+    heads, angles = mamba.num_heads // ranks, mamba.num_angles // ranks
+    by_head = tuple((name, heads) for name in ("dt", "A", "trap"))
+    return (("z", inner), ("x", inner), ("B", shared), ("C", shared), *by_head, ("angle", angles))
+
+
 _PROJECTIONS: dict[str, _Rule] = {
     "self_attention.linear_qkv": _qkv,
     "self_attention.linear_q_proj": _whole("q"),
@@ -257,6 +305,8 @@ _PROJECTIONS: dict[str, _Rule] = {
     "self_attention.linear_kv_down_proj": _latent_down,
     "self_attention.linear_kv_up_proj": _latent_up,
     "self_attention.linear_proj": _whole(),
+    "self_attention.core_attention.indexer.linear_wq_b": _whole(),
+    "self_attention.core_attention.indexer.linear_wk": _whole(),
     "mlp.linear_fc1": _first_linear,
     "mlp.linear_fc2": _whole(),
     "mlp.shared_experts.linear_fc1": _first_linear,
@@ -266,6 +316,10 @@ _PROJECTIONS: dict[str, _Rule] = {
     "mixer.in_proj": _mixer_in,
     "mixer.out_proj": _whole(),
 }
+# Of M layers on the authored lane, where they are not as the native one's.
+_AUTHORED: dict[str, _Rule] = {"mixer.in_proj": _author_in}
+# Projections of a prediction depth outside its layers.
+_OF_DEPTHS = ("eh_proj",)
 # Stacked first and split over the ranks afterwards: a rank holds a run of rows of the stack,
 # wherever its parts begin and end. Every other fused matrix is split part by part.
 _SPLIT_AS_ONE = ("self_attention.linear_kv_down_proj",)

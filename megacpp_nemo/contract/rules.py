@@ -68,9 +68,17 @@ def check_model(layers: LayerPattern, model: ModelShape, features: Features) -> 
     """Check the pattern against the shapes and features.
 
     Raises:
-        RecipeError: If a DSA rank has no attention layer, a D layer no latent attention, or
-            the query groups do not divide the heads of plain attention.
+        RecipeError: If a DSA rank has no attention layer, a D layer no latent attention, the
+            query groups do not divide the heads of plain attention, or multi-token prediction
+            is deeper than a row.
     """
+    if model.mtp.num_layers >= model.seq_length:
+        raise RecipeError(
+            "Multi-token prediction is deeper than the sequence: the deepest has no target left",
+            given=f"mtp.num_layers={model.mtp.num_layers}, seq_length={model.seq_length}",
+            allowed=f"mtp.num_layers from 0 to {model.seq_length - 1}",
+            hint="mtp.num_layers=1" if model.seq_length > 1 else "mtp.num_layers=0",
+        )
     ranks, count = model.sparse_attention.a_ranks, len(layers.a_ranks())
     if features.sparse_attention and ranks and ranks[-1] >= count:
         inside = tuple(rank for rank in ranks if rank < count)

@@ -22,6 +22,7 @@ from megacpp_nemo.contract.parallelism import Parallelism, ParallelismMode
 
 __all__ = [
     "MAMBA_LANES",
+    "MAMBA_PATHS",
     "STRUCTURE_CHOICES",
     "Batch",
     "Cadence",
@@ -154,6 +155,7 @@ class Files(Checked):
 
 
 MAMBA_LANES = ("native", "author")
+MAMBA_PATHS = ("auto", "fused", "split", "portable")
 KERNEL_CHOICES = ("required", "available")
 STRUCTURE_CHOICES = ("core", "all")
 
@@ -168,6 +170,9 @@ class Features(Checked):
         experts: E layers are mixtures of experts; off means dense MLPs of `ffn_hidden_size`.
         sparse_attention: The A-ranks of `ModelShape.sparse_attention` use DSA.
         mamba: `native` for Megatron's Mamba-2 mixer, `author` for Mamba-3.
+        mamba_path: How Mamba layers run. `auto` takes the fastest way that the machine has and
+            states it; `fused` demands the packages' kernels, `split` only the scan's (native
+            lane), `portable` plain torch.
         ngram_hash: Add the hashed n-gram memory to the embedding.
         structure: Add code-structure channels: None, `core` or `all`.
         kernels: `required` refuses to start without the GPU kernel packages; `available` uses
@@ -182,6 +187,7 @@ class Features(Checked):
     experts: bool = True
     sparse_attention: bool = True
     mamba: Annotated[str, one_of(*MAMBA_LANES)] = "native"
+    mamba_path: Annotated[str, one_of(*MAMBA_PATHS)] = "auto"
     ngram_hash: bool = True
     structure: Annotated[str, one_of(*STRUCTURE_CHOICES)] | None = None
     kernels: Annotated[str, one_of(*KERNEL_CHOICES)] = "required"
@@ -196,4 +202,11 @@ class Features(Checked):
                 given="sparse_attention=True, latent_attention=False",
                 allowed="sparse_attention only with latent_attention",
                 hint="sparse_attention=False",
+            )
+        if self.mamba == "author" and self.mamba_path == "split":
+            raise RecipeError(
+                "Mamba-3 has no split path: its kernels are one, or none",
+                given="mamba='author', mamba_path='split'",
+                allowed="mamba_path of auto, fused or portable with mamba='author'",
+                hint="mamba_path='auto'",
             )

@@ -4,5 +4,7 @@
 - `cpu`: CUDA calls carried out on the CPU, only where there is no CUDA device.
 - `strategy`: the Megatron strategy that installs both and refuses what would go wrong.
 - `preflight`: the refusals.
+- `groups`: Megatron's parallel groups on a process that stands alone.
 - `checkpoint`, `progress`: checkpoints that survive a kill, and what a run prints.
+- `checkpoint_folder`: where they lie, found without importing anything heavy.
 """

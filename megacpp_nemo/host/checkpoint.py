@@ -4,7 +4,6 @@
 - `LatestResume`: resumes from the newest complete one, whatever a killed process left behind.
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,12 @@ from nemo.lightning.pytorch.callbacks import ModelCheckpoint
 from nemo.utils.app_state import AppState
 
 from megacpp_nemo.contract.errors import RuntimeRefusal
-
-_NAME = re.compile(r"step=\d+")
+from megacpp_nemo.host.checkpoint_folder import (
+    complete_checkpoints,
+    is_complete,
+    newest_checkpoint,
+    step_of,
+)
 
 
 class LatestCheckpoints(ModelCheckpoint):
@@ -95,30 +98,3 @@ class LatestResume(AutoResume):
         if not self.resume_from_directory:
             folder = Path(folder) / "checkpoints"
         return newest_checkpoint(Path(folder))
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the complete checkpoint of the highest step in a folder, or None."""
-    found = complete_checkpoints(folder)
-    return found[-1] if found else None
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints in a folder, the lowest step first."""
-    found = [path for path in folder.glob("step=*") if _NAME.fullmatch(path.name)]
-    return sorted(filter(is_complete, found), key=step_of)
-
-
-def step_of(path: Path) -> int:
-    """Return the optimizer step in a checkpoint folder's name."""
-    return int(path.name.partition("=")[2])
-
-
-def is_complete(path: Path) -> bool:
-    """Return whether a checkpoint folder was written to its end."""
-    if path.name == "weights":
-        path = path.parent
-    weights = path / "weights" if (path / "weights").is_dir() else path
-    return (weights / "metadata.json").is_file() and not ModelCheckpoint.is_checkpoint_unfinished(
-        path
-    )

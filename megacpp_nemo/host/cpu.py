@@ -19,6 +19,16 @@ from torch.overrides import TorchFunctionMode
 
 from megacpp_nemo.host.patching import Patches
 
+# Fusions whose kernels are CUDA's; on a CPU their torch forms compile for longer than they save.
+CUDA_FUSIONS = (
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "cross_entropy_loss_fusion",
+    "gradient_accumulation_fusion",
+    "masked_softmax_fusion",
+    "moe_permute_fusion",
+)
+
 
 class _Event:
     """A CUDA event of a device that finishes everything at once."""
@@ -163,6 +173,7 @@ class CpuRuntime:
 
     def _patch_megatron(self) -> None:
         from megatron.core.dist_checkpointing.strategies import filesystem_async
+        from megatron.core.distributed import param_and_grad_buffer
         from megatron.core.tensor_parallel import random
         from megatron.core.transformer.moe import token_dispatcher
 
@@ -186,6 +197,16 @@ class CpuRuntime:
         self._patches.set(random, "_get_cuda_rng_state", get_state)
         self._patches.set(random, "_set_cuda_rng_state", set_state)
         self._patches.set(token_dispatcher, "maybe_move_tensor_to_cpu", to_host)
+        together = param_and_grad_buffer._coalescing_manager
+
+        def finished(*args: Any, async_ops: bool = False, **kwargs: Any) -> Any:
+            """Finish coalesced gathers and reductions at once.
+
+            Gloo has crashed with several of them under way, and on a CPU nothing overlaps.
+            """
+            return together(*args, async_ops=False, **kwargs)
+
+        self._patches.set(param_and_grad_buffer, "_coalescing_manager", finished)
 
     def _patch_nemo(self) -> None:
         # NeMo is optional here: the model alone runs on Megatron-Core.

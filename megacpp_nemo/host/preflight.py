@@ -15,6 +15,7 @@ from megacpp_nemo.contract.rules import check_layout
 
 BUILT = (
     BlockFamily.ATTENTION,
+    BlockFamily.SPARSE_ATTENTION,
     BlockFamily.EXPERTS,
     BlockFamily.MAMBA,
     BlockFamily.RECURRENT,
@@ -65,27 +66,9 @@ def _unbuilt(config: Any) -> list[tuple[str, str, str] | None]:
     from megacpp_nemo.host.compat import transformer_engine_available
 
     engine = transformer_engine_available()
-    families = [f for f in config.layers.counts() if f not in BUILT]
+    families = [f for f in config.families if f not in BUILT]
+    depth = f", mtp_pattern {config.mtp_pattern}" if config.mtp_num_layers else ""
     return [
-        _when(
-            config.mtp_num_layers,
-            "multi-token prediction (MTP): Megatron 0.16 accepts it on a hybrid model and "
-            "builds nothing",
-            f"mtp_num_layers={config.mtp_num_layers}",
-            "mtp_num_layers=0",
-        ),
-        _when(
-            config.dsa_a_ranks,
-            "sparse attention (DSA) on chosen attention layers",
-            f"dsa_a_ranks={config.dsa_a_ranks}",
-            "sparse_attention=False",
-        ),
-        _when(
-            config.mamba_lane != "native",
-            "the authored Mamba-3 mixer",
-            f"mamba_lane={config.mamba_lane!r}",
-            "mamba='native'",
-        ),
         _when(config.ngram_hash, "the hashed n-gram memory", "ngram_hash=True", "ngram_hash=False"),
         _when(
             config.structure,
@@ -96,8 +79,8 @@ def _unbuilt(config: Any) -> list[tuple[str, str, str] | None]:
         _when(
             families,
             "layers of these families: " + ", ".join(f.name.lower() for f in families),
-            f"pattern {config.hybrid_override_pattern}",
-            "a pattern of A, E, M and R",
+            f"pattern {config.hybrid_override_pattern}{depth}",
+            "a pattern of A, D, E, M and R",
         ),
         _when(
             config.context_parallel_size > 1,

@@ -15,7 +15,7 @@ from nemo.lightning.pytorch.strategies import MegatronStrategy
 
 from megacpp_nemo.host import compat
 from megacpp_nemo.host.console import announce, quiet_terminal
-from megacpp_nemo.host.cpu import RUNTIME
+from megacpp_nemo.host.cpu import CUDA_FUSIONS, RUNTIME
 from megacpp_nemo.host.preflight import (
     check_optimizer_steps,
     refuse_layout,
@@ -23,18 +23,9 @@ from megacpp_nemo.host.preflight import (
     refuse_resume,
     refuse_unbuilt,
 )
+from megacpp_nemo.model.prediction import reduced_losses
 
 logger = logging.getLogger(__name__)
-
-# Fusions whose kernels are CUDA's; on a CPU their torch forms compile for longer than they save.
-CUDA_FUSIONS = (
-    "bias_activation_fusion",
-    "bias_dropout_fusion",
-    "cross_entropy_loss_fusion",
-    "gradient_accumulation_fusion",
-    "masked_softmax_fusion",
-    "moe_permute_fusion",
-)
 
 
 class HybridStrategy(MegatronStrategy):
@@ -104,6 +95,14 @@ class HybridStrategy(MegatronStrategy):
         if self.should_restore_optimizer_states(selective_restore=selective_restore):
             refuse_other_optimizers(self.optimizers, parts, self.expert_model_parallel_size)
         super().load_optimizer_state_dict(checkpoint, selective_restore=selective_restore)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a step, and log each multi-token prediction depth's loss: `mtp_1_loss`, ..."""
+        output = super().training_step(*args, **kwargs)
+        if getattr(self.lightning_module.config, "mtp_num_layers", None):
+            for depth, loss in enumerate(reduced_losses(self.model[0]), 1):
+                self.lightning_module.log(f"mtp_{depth}_loss", loss, batch_size=1)
+        return output
 
     def on_train_start(self) -> None:
         """Check the restored optimizer before its first step."""

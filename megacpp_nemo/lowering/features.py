@@ -77,8 +77,21 @@ def _of_layers(plan: Plan, name: str, *roles: Role) -> Feature:
         ranks = {number: rank for rank, number in plan.recipe.layers.a_ranks().items()}
         chosen = [ranks[layer.number] for layer in own if layer.number in ranks]
         place += f"; A-ranks {ranges(chosen)}" if chosen else ""
+    if name == "Mamba path":
+        place += f"; {_mamba_path(plan)}"
     owners = {layer.owner for layer in own} - {NATIVE}
     return _of_seam(name, True, place, min(owners, default=""))
+
+
+def _mamba_path(plan: Plan) -> str:
+    """Return in words how Mamba layers run, as far as a recipe decides it."""
+    if plan.has(Role.MAMBA) and plan.is_native(Role.MAMBA):
+        return "fused, Megatron's only path"
+    demanded = plan.recipe.features.mamba_path
+    if demanded != "auto":
+        return f"{demanded}, demanded"
+    ways = "fused or portable" if plan.has(Role.AUTHOR_MAMBA) else "fused, split or portable"
+    return f"{ways}, the first that the machine has"
 
 
 def _of_lever(plan: Plan, lever: str, name: str) -> Feature:

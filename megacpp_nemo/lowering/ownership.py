@@ -86,8 +86,10 @@ def seam_of(recipe: HybridRecipe, release: Release, role: Role) -> str | None:
     if role is Role.AUTHOR_MAMBA:
         return "author-mamba"
     if role is Role.MAMBA:
-        stock = (MEGATRONS_CONV_WIDTH, MEGATRONS_CHUNK_SIZE)
-        return None if (mamba.conv_width, mamba.chunk_size) == stock else "mamba-kernel-shape"
+        if (mamba.conv_width, mamba.chunk_size) != (MEGATRONS_CONV_WIDTH, MEGATRONS_CHUNK_SIZE):
+            return "mamba-kernel-shape"
+        # Megatron's mixer runs fused or not at all.
+        return None if recipe.features.mamba_path in ("auto", "fused") else "mamba-path"
     has_symbol = MEANING[role] in release.symbols
     if role is Role.SPARSE_ATTENTION:
         # Norms on the latents came with the symbol for MLA, a release after DSA's.

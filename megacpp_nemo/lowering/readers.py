@@ -29,6 +29,18 @@ OWN_MAMBA = Condition(
     "Mamba-2 layers of this package",
     lambda plan: plan.has(Role.MAMBA) and not plan.is_native(Role.MAMBA),
 )
+DEMANDED_PATH = Condition(
+    "Mamba layers of this package, of which a path is demanded",
+    lambda plan: (
+        plan.recipe.features.mamba_path != "auto"
+        and any(
+            plan.has(role) and not plan.is_native(role) for role in (Role.MAMBA, Role.AUTHOR_MAMBA)
+        )
+    ),
+)
+ANY_PATH = Condition(
+    "the fastest path that the machine has", lambda plan: plan.recipe.features.mamba_path == "auto"
+)
 STOCK_MAMBA = Condition(
     "what Megatron's mixer has; no flag changes it",
     lambda plan: plan.has(Role.MAMBA) and plan.is_native(Role.MAMBA),

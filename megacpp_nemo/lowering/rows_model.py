@@ -6,7 +6,9 @@ from megacpp_nemo.contract.pattern import BlockFamily
 from megacpp_nemo.contract.recipe import HybridRecipe
 from megacpp_nemo.lowering.readers import (
     A_OR_D_WRITTEN,
+    ANY_PATH,
     CHOSEN_RANKS,
+    DEMANDED_PATH,
     DENSE,
     DEPTHS,
     DOCUMENTS,
@@ -98,6 +100,14 @@ PATTERN_ROWS: tuple[Row, ...] = (
     ),
     Row(field="features.experts", nemo=(f"{CONFIG}.experts",), owner="pattern", decides=E_WRITTEN),
     Row(field="features.mamba", nemo=(f"{CONFIG}.mamba_lane",), owner="pattern", decides=M_WRITTEN),
+    Row(
+        field="features.mamba_path",
+        nemo=(f"{CONFIG}.mamba_path",),
+        spec=DEMANDED_PATH,
+        stock=ANY_PATH,
+        owner="spec",
+        note="Megatron's own mixer is the fused path",
+    ),
 )
 
 SHAPE_ROWS: tuple[Row, ...] = (

@@ -35,7 +35,7 @@ class Seam:
         owner: Module or class of this package that builds it, or refuses to.
         built: Whether Megatron's command line gets it today. What is not built is carried by
             name only: the spec refuses to start with it. A NeMo recipe refuses it too, but for
-            callbacks, which a NeMo run has from their owner.
+            callbacks, which a NeMo run has from their owner, and where the evidence says so.
         reason: Why Megatron does not own it.
         native_since: First release that has it, or None.
         graduates: What would have to hold for the seam to go.
@@ -82,12 +82,12 @@ _ALL = (
         id="dsa",
         kind=Kind.LAYER,
         what="sparse attention (DSA)",
-        owner=REFUSES,
-        built=False,
+        owner="megacpp_nemo.model.sparse_attention.SparseLatentAttention",
+        built=True,
         reason="no symbol of the release builds it; its flags are read by no hybrid layer",
         native_since="0.18",
         graduates="a symbol of the release that builds DSA",
-        evidence="none yet",
+        evidence="tests/spec, tests/model/test_sparse_attention.py",
         off="features.sparse_attention=false",
     ),
     Seam(
@@ -103,15 +103,27 @@ _ALL = (
         off="model.mamba.conv_width=4, model.mamba.chunk_size=128",
     ),
     Seam(
+        id="mamba-path",
+        kind=Kind.LAYER,
+        what="Megatron's Mamba mixer on another path than its fused kernel",
+        owner="megacpp_nemo.spec",
+        built=True,
+        reason="the stock spec builds the mixer on its fused kernel only",
+        native_since=None,
+        graduates="a flag for the mixer's path, and a mixer that runs without kernels",
+        evidence="tests/spec, tests/model/test_mamba_paths.py",
+        off="features.mamba_path=auto",
+    ),
+    Seam(
         id="author-mamba",
         kind=Kind.LAYER,
         what="the authored Mamba-3 mixer",
-        owner=REFUSES,
-        built=False,
+        owner="megacpp_nemo.model.author_mamba.AuthorMambaMixer",
+        built=True,
         reason="Megatron's M is Mamba-2",
         native_since=None,
         graduates="a Mamba-3 mixer in Megatron",
-        evidence="none yet",
+        evidence="tests/spec, tests/model/test_author_mamba.py, tests/model/test_mamba3.py",
         off="features.mamba=native",
     ),
     Seam(
@@ -147,7 +159,7 @@ _ALL = (
         reason="--mtp-num-layers is accepted, and a hybrid model builds nothing for it",
         native_since="0.17",
         graduates="a release whose hybrid pattern takes / suffixes",
-        evidence="none yet",
+        evidence="none yet; the NeMo recipe does it",
         off="model.mtp.num_layers=0",
     ),
     Seam(

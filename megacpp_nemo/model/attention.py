@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -22,6 +23,8 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor, nn
 
 from megacpp_nemo.model.documents import attention_within_documents
+from megacpp_nemo.model.generation_attention import attend_heads, attend_latents
+from megacpp_nemo.model.generation_state import GenerationState, state_of, visible
 
 _TAKES_OFFSET = "pp_layer_offset" in inspect.signature(MLASelfAttention.__init__).parameters
 
@@ -39,6 +42,10 @@ class LatentAttention(MLASelfAttention):
     ) -> None:
         if _TAKES_OFFSET and pp_layer_offset is not None:
             kwargs["pp_layer_offset"] = pp_layer_offset
+        if getattr(config, "experimental_attention_variant", None):
+            # It speaks of every layer at once: upstream would give a dense core DSA's inputs.
+            config = copy.copy(config)
+            config.experimental_attention_variant = None
         super().__init__(config, *args, **kwargs)
         # Transformer Engine's projection is whole on every rank and needs none of this.
         if self.tp_group.size() > 1 and isinstance(self.linear_kv_down_proj, ColumnParallelLinear):
@@ -48,9 +55,27 @@ class LatentAttention(MLASelfAttention):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Attend over `hidden_states` `[seq, batch, hidden]`; return output and bias."""
+        state = state_of(kwargs.get("inference_context") or kwargs.get("inference_params"))
+        if state is not None:
+            return attend_latents(self, hidden_states, state)
         kwargs.update(rotary_pos_emb=None, rotary_pos_cos=None, rotary_pos_sin=None)
         attention_mask = attention_within_documents(self.config, attention_mask, kwargs)
         return super().forward(hidden_states, attention_mask, **kwargs)
+
+    def keys_in_sight(
+        self, hidden_states: Tensor, query_latents: Tensor, state: GenerationState
+    ) -> Tensor | None:
+        """Return where the next tokens look as they are generated, true for what they see.
+
+        Args:
+            hidden_states: The layer's normalized input `[seq, batch, hidden]`.
+            query_latents: `[seq, batch, q_lora_rank]`, behind their norm.
+            state: What the layers carry.
+
+        Returns:
+            A mask that broadcasts to `[batch, heads, seq, tokens so far]`; None for all.
+        """
+        return visible(state, new=len(hidden_states), device=hidden_states.device)
 
     def _gather_latents(
         self, projection: nn.Module, inputs: Any, output: tuple[Tensor, Tensor | None]
@@ -92,5 +117,8 @@ class GroupedAttention(SelfAttention):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Attend over `hidden_states` `[seq, batch, hidden]`; return output and bias."""
+        state = state_of(kwargs.get("inference_context") or kwargs.get("inference_params"))
+        if state is not None:
+            return attend_heads(self, hidden_states, state, kwargs.get("rotary_pos_emb"))
         attention_mask = attention_within_documents(self.config, attention_mask, kwargs)
         return super().forward(hidden_states, attention_mask, **kwargs)

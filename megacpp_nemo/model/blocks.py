@@ -7,10 +7,9 @@ not. Checkpoints use the names of the fused modules either way, so they move bet
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
@@ -20,24 +19,35 @@ from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.experimental_attention_variant.dsa import (
+    DSAIndexerSubmodules,
+    DSAttentionSubmodules,
+)
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megacpp_nemo.contract.errors import RuntimeRefusal
-from megacpp_nemo.contract.shapes import RecurrentShape
+from megacpp_nemo.contract.shapes import (
+    AuthorMambaShape,
+    RecurrentShape,
+    SparseAttentionShape,
+)
 from megacpp_nemo.host import compat
-from megacpp_nemo.host.preflight import missing_packages
 from megacpp_nemo.model.attention import GroupedAttention, LatentAttention, LatentDotProduct
+from megacpp_nemo.model.author_mamba import AuthorMambaMixer, AuthorMambaMixerSubmodules
 from megacpp_nemo.model.experts import ExpertsLayer
+from megacpp_nemo.model.indexer import IndexKeyNorm, LightningIndexer
 from megacpp_nemo.model.mamba import FusedMambaMixer, PortableMambaMixer
+from megacpp_nemo.model.mamba_paths import FUSED, PORTABLE, SPLIT, choose_path
+from megacpp_nemo.model.mamba_split import SplitMambaMixer
 from megacpp_nemo.model.norms import LocalRMSNorm
+from megacpp_nemo.model.projections import WholeLinear
 from megacpp_nemo.model.recurrent import RecurrentMixer, RecurrentMixerSubmodules
+from megacpp_nemo.model.sparse_attention import SparseDotProduct, SparseLatentAttention
 
-MAMBA_KERNELS = ("mamba_ssm", "causal_conv1d")
-MAMBA_PATHS = ("auto", "fused", "portable")
+MAMBA_MIXERS = {FUSED: FusedMambaMixer, SPLIT: SplitMambaMixer, PORTABLE: PortableMambaMixer}
 # Where a fused projection keeps the norm in front of it, in checkpoints.
 FUSED_NORM_NAMES = {
     "self_attention.linear_qkv": {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
@@ -57,38 +67,35 @@ class Backend:
 
     Args:
         transformer_engine: Use Transformer Engine's modules.
-        fused_mamba: Use Megatron's Mamba mixer with its kernels.
+        mamba: How Mamba-2 layers run: `fused`, `split` or `portable` (`mamba_paths`).
+        reason: Why Mamba-2 layers run so.
     """
 
     transformer_engine: bool
-    fused_mamba: bool
+    mamba: str
+    reason: str = field(default="", compare=False)
 
     @classmethod
-    def probe(cls, mamba_path: str = "auto") -> Backend:
-        """Return what this machine can run, with `mamba_path` demanded if not `auto`.
+    def probe(
+        cls, mamba_path: str = "auto", *, conv_width: int = 4, documents: bool = False
+    ) -> Backend:
+        """Return what this machine can run; the arguments are `choose_path`'s.
 
         Raises:
-            RuntimeRefusal: If the fused path is demanded where it cannot run.
+            RuntimeRefusal: If a Mamba path is demanded where it cannot run.
         """
-        missing = missing_packages(MAMBA_KERNELS)
-        if not torch.cuda.is_available():
-            missing.append("a CUDA device")
-        if mamba_path == "fused" and missing:
-            raise RuntimeRefusal(
-                "The fused Mamba path cannot run on this machine",
-                given=f"mamba_path='fused' without {', '.join(missing)}",
-                allowed="mamba_path='auto' or 'portable'",
-                hint="mamba_path='auto', or the 'gpu' extra on a CUDA machine",
-            )
-        return cls(
-            transformer_engine=compat.transformer_engine_available(),
-            fused_mamba=mamba_path != "portable" and not missing,
-        )
+        path = choose_path(mamba_path, conv_width=conv_width, documents=documents)
+        engine = compat.transformer_engine_available()
+        return cls(transformer_engine=engine, mamba=path.name, reason=path.reason)
 
     def __str__(self) -> str:
-        attention = "Transformer Engine" if self.transformer_engine else "local"
-        mamba = "fused" if self.fused_mamba else "portable"
-        return f"{attention} modules, {mamba} Mamba mixer"
+        why = f" ({self.reason})" if self.reason else ""
+        return f"{self.modules}, {self.mamba} Mamba mixer{why}"
+
+    @property
+    def modules(self) -> str:
+        """Whose modules stand outside of the mixers, in words."""
+        return f"{'Transformer Engine' if self.transformer_engine else 'local'} modules"
 
     @property
     def provider(self) -> BackendSpecProvider:
@@ -138,6 +145,46 @@ def _latent_attention(provider: BackendSpecProvider, layernorm: bool) -> ModuleS
             linear_proj=provider.row_parallel_linear(),
             q_layernorm=inner_norm,
             kv_layernorm=inner_norm,
+        ),
+    )
+
+
+def sparse_attention_layer(
+    backend: Backend, shape: SparseAttentionShape, *, layernorm: bool
+) -> ModuleSpec:
+    """Return a sparse attention layer (DSA), over multi-latent attention.
+
+    Its indexer reads the query latent after its norm, which therefore stands alone, and has
+    whole projections of its own on every rank.
+    """
+    norm = backend.norm if layernorm else IdentityOp
+    dense = _latent_attention(backend.provider, layernorm=False)
+    indexer = DSAIndexerSubmodules(
+        linear_wq_b=WholeLinear,
+        linear_wk=WholeLinear,
+        k_norm=IndexKeyNorm,
+        linear_weights_proj=WholeLinear,
+    )
+    core = ModuleSpec(
+        module=SparseDotProduct,
+        submodules=DSAttentionSubmodules(
+            indexer=ModuleSpec(module=LightningIndexer, submodules=indexer)
+        ),
+    )
+    attention = ModuleSpec(
+        module=SparseLatentAttention,
+        params={**dense.params, "indexer": shape},
+        submodules=replace(
+            dense.submodules, core_attention=core, q_layernorm=norm, kv_layernorm=norm
+        ),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=backend.norm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=dict(_LATENT_NORM_NAMES),
         ),
     )
 
@@ -207,9 +254,21 @@ def mlp_layer(backend: Backend) -> ModuleSpec:
 def mamba_layer(backend: Backend, *, conv_width: int, chunk_size: int) -> ModuleSpec:
     """Return a Mamba-2 layer with these taps and tokens per chunk."""
     mixer = ModuleSpec(
-        module=FusedMambaMixer if backend.fused_mamba else PortableMambaMixer,
+        module=MAMBA_MIXERS[backend.mamba],
         params={"chunk_size": chunk_size, "d_conv": conv_width},
         submodules=MambaMixerSubmodules(**_projections(backend.provider)),
+    )
+    return _mixer_layer(mixer, backend.provider)
+
+
+def author_mamba_layer(
+    backend: Backend, shape: AuthorMambaShape, *, path: str = "auto"
+) -> ModuleSpec:
+    """Return a Mamba-3 layer of this shape, on a demanded path or on what can run."""
+    mixer = ModuleSpec(
+        module=AuthorMambaMixer,
+        params={"shape": shape, "path": path},
+        submodules=AuthorMambaMixerSubmodules(**_projections(backend.provider)),
     )
     return _mixer_layer(mixer, backend.provider)
 

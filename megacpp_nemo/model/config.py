@@ -2,7 +2,6 @@
 
 - `HybridConfig`: Megatron's configuration of the whole model, plus what is ours.
 - `HybridModel`: NeMo's Mamba model over a hybrid stack.
-- `hybrid_data_step`, `hybrid_forward_step`: document boundaries on their way to the layers.
 """
 
 # NeMo-Run reads these annotations to parse its command line: it resolves neither annotations
@@ -18,49 +17,23 @@ from megatron.core.models.mamba import MambaModel as MegatronMambaModel
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig
-from nemo.collections.llm.gpt.model.base import gpt_data_step
 from nemo.collections.llm.gpt.model.ssm import MambaModel, SSMConfig
 from nemo.collections.llm.utils import Config
 from nemo.lightning import OptimizerModule, get_vocab_size
 from torch import Tensor, nn
 
+from megacpp_nemo.callbacks.curves import LayerCurves
 from megacpp_nemo.contract.errors import RecipeError, lookup
 from megacpp_nemo.contract.pattern import FULL_NAM56R_PATTERN, BlockFamily, LayerPattern
 from megacpp_nemo.contract.rules import check_layout, check_model
+from megacpp_nemo.contract.training import MAMBA_PATHS
 from megacpp_nemo.host import compat
 from megacpp_nemo.host.preflight import refuse_unbuilt, require_packages
-from megacpp_nemo.model.documents import DocumentBoundaries
+from megacpp_nemo.model.hybrid import HybridMambaModel
 from megacpp_nemo.model.limits import refuse_settings
 from megacpp_nemo.model.shape import parallelism_of, shape_of
-from megacpp_nemo.model.specs import MAMBA_PATHS, hybrid_stack_spec
-
-
-def hybrid_data_step(dataloader_iter: Any) -> dict[str, Any]:
-    """Return the next batch for this pipeline stage, with document ids on every stage.
-
-    NeMo's own step keeps tokens on the first stage and labels on the last; recurrent layers
-    need document ids `[batch, seq]` wherever they stand.
-    """
-    batch = next(dataloader_iter)
-    tensors = batch[0] if isinstance(batch, tuple) else batch
-    kept = gpt_data_step(iter([batch]))
-    if "document_ids" in tensors:
-        kept["document_ids"] = tensors["document_ids"].cuda(non_blocking=True)
-    return kept
-
-
-def hybrid_forward_step(model: "HybridModel", batch: dict[str, Any]) -> Tensor:
-    """Run the model on a batch of packed rows.
-
-    Rows without `document_ids` are each one document.
-    """
-    ids = batch.get("document_ids")
-    return model(
-        input_ids=batch["tokens"],
-        position_ids=batch["position_ids"],
-        labels=batch["labels"],
-        packed_seq_params=None if ids is None else DocumentBoundaries.from_ids(ids),
-    )
+from megacpp_nemo.model.specs import hybrid_stack_spec
+from megacpp_nemo.model.steps import hybrid_data_step, hybrid_forward_step
 
 
 @dataclass
@@ -79,7 +52,7 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
         m2rnn_conv_width: Taps of the R layers' convolution.
         m2rnn_state_gradient_clip: Elementwise bound on the state's gradient.
         mamba_lane: `native` for Mamba-2, `author` for Mamba-3.
-        mamba_path: `auto`, `fused` or `portable` native mixer.
+        mamba_path: `auto`, or a demanded path: `fused`, `split` (native lane) or `portable`.
         mamba_conv_width: Taps of the Mamba layers' convolution.
         mamba_chunk_size: Tokens per chunk of the Mamba scan.
         author_mamba_num_heads: Heads of Mamba-3; with the four after it, its shape.
@@ -87,7 +60,8 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
         author_mamba_state_dim: State size.
         author_mamba_mimo_rank: Rank of the multi-input multi-output form; 1 is SISO.
         author_mamba_chunk_size: Tokens per chunk of the scan.
-        dsa_a_ranks: A-ranks whose attention is sparse.
+        dsa_a_ranks: A-ranks whose attention is sparse (DSA); the indexer's shape and loss are
+            Megatron's `dsa_indexer_*`.
         mtp_pattern: Layers of one multi-token prediction depth.
         ngram_hash: Hashed n-gram memory on the input side.
         ngram_orders: Lengths of the n-grams; with the three after it, the memory's shape.
@@ -154,6 +128,10 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
     author_mamba_mimo_rank: int = 4
     author_mamba_chunk_size: int = 16
     dsa_a_ranks: tuple[int, ...] = ()
+    dsa_indexer_n_heads: Optional[int] = 32
+    dsa_indexer_head_dim: Optional[int] = 64
+    dsa_indexer_topk: Optional[int] = 256
+    dsa_indexer_loss_coeff: Optional[float] = 0.001
     mtp_pattern: str = "AE"
     ngram_hash: bool = False
     ngram_orders: tuple[int, ...] = (2, 3)
@@ -199,7 +177,7 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
         # with stage boundaries has no stages to fit.
         if self.pipeline_model_parallel_size > 1 or not self.layers.is_segmented:
             check_layout(self.layers, model, features, parallelism_of(self))
-        wanted = self.experts and BlockFamily.EXPERTS in self.layers.layers
+        wanted = self.experts and BlockFamily.EXPERTS in self.families
         if wanted and not self.num_moe_experts:
             raise RecipeError(
                 "The pattern has expert layers, but the model has no experts",
@@ -215,6 +193,12 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
         """The pattern laid out to `num_layers`."""
         return LayerPattern.parse(self.hybrid_override_pattern).tile(self.num_layers)
 
+    @property
+    def families(self) -> tuple[BlockFamily, ...]:
+        """Families of the layers, those of the prediction depths included, each once."""
+        depth = LayerPattern.parse(self.mtp_pattern).layers if self.mtp_num_layers else ()
+        return tuple(dict.fromkeys((*self.layers.layers, *depth)))
+
     def configure_model(
         self,
         tokenizer: Any,
@@ -228,7 +212,9 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
             RuntimeRefusal: If the configuration asks for something that is not built here.
         """
         refuse_unbuilt(self)
-        return MegatronMambaModel(
+        # NeMo's inference takes Megatron's own class only.
+        build = HybridMambaModel if self.mtp_num_layers else MegatronMambaModel
+        return build(
             self,
             mamba_stack_spec=self.mamba_stack_spec(self),
             vocab_size=get_vocab_size(
@@ -255,6 +241,8 @@ def _or_else(given: Optional[bool], default: Callable[[], bool]) -> bool:
 class HybridModel(MambaModel):
     """NeMo's Mamba model over a stack of attention, Mamba, expert and recurrent layers.
 
+    What its layers report of themselves (`callbacks.curves`) goes to the run's loggers.
+
     Args:
         config: The model's configuration.
         optim: Optimizer and schedule.
@@ -276,3 +264,29 @@ class HybridModel(MambaModel):
         config = config or HybridConfig()
         require_packages(config)
         super().__init__(config, optim=optim, tokenizer=tokenizer, model_transform=model_transform)
+        self._curves: Optional[LayerCurves] = None
+
+    def forward(self, *args: Any, loss_mask: Optional[Tensor] = None, **kwargs: Any) -> Tensor:
+        """Run the model; `loss_mask` `[batch, seq]` is for multi-token prediction alone."""
+        if not self.config.mtp_num_layers:
+            return super().forward(*args, **kwargs)
+        return self.module(*args, loss_mask=loss_mask, **{"attention_mask": None, **kwargs})
+
+    def on_train_start(self) -> None:
+        """Begin to count what the layers report."""
+        self._curves = LayerCurves(self.trainer.strategy.megatron_parallel)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        """Write what the layers report, as often as the trainer logs."""
+        trainer = self.trainer
+        every = trainer.log_every_n_steps
+        if self._curves and every and trainer.global_step % every == 0:
+            values = self._curves.values()
+            for writer in trainer.loggers:
+                writer.log_metrics(values, step=trainer.global_step)
+
+    def on_train_end(self) -> None:
+        """Count no more."""
+        if self._curves:
+            self._curves.close()
+        self._curves = None

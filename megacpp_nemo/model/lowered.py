@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from megatron.core import __version__ as installed
-from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.spec_utils import import_module
 from torch import nn
 
 from megacpp_nemo.contract.errors import LoweringError
-from megacpp_nemo.host.cpu import RUNTIME
+from megacpp_nemo.host.groups import one_process
 from megacpp_nemo.host.patching import Patches
 from megacpp_nemo.lowering.arguments import Arguments, parse
 from megacpp_nemo.lowering.lower import Lowering
@@ -25,9 +24,17 @@ from megacpp_nemo.lowering.seams import SEAMS
 from megacpp_nemo.lowering.spec_name import SPEC_MODULE, NamedLayer, SpecName
 from megacpp_nemo.model.blocks import Backend
 from megacpp_nemo.model.flags import MODEL_FLAGS, configuration
+from megacpp_nemo.model.mamba_paths import FUSED
 from megacpp_nemo.model.proof import Claim
 from megacpp_nemo.spec.build import stack_spec
-from megacpp_nemo.spec.layers import CHUNK_SIZE, CONV_WIDTH, RECURRENT, recurrent_shape
+from megacpp_nemo.spec.layers import (
+    CHUNK_SIZE,
+    CONV_WIDTH,
+    RECURRENT,
+    author_mamba_shape,
+    recurrent_shape,
+    sparse_attention_shape,
+)
 from megacpp_nemo.spec.upstream import adapt, model_class
 
 LARGE_HIDDEN_SIZE = 1024
@@ -103,6 +110,10 @@ class LoweredModel:
                 name: stock if layer.native else settings[path]
                 for name, (path, stock) in widths.items()
             }
+        if layer.role is Role.SPARSE_ATTENTION and not layer.native:
+            return {"indexer_shape": sparse_attention_shape(settings)}
+        if layer.role is Role.AUTHOR_MAMBA:
+            return {"shape": author_mamba_shape(settings)}
         if layer.role is Role.RECURRENT and any(path.startswith(RECURRENT) for path in settings):
             return {"shape": recurrent_shape(settings)}
         return {}
@@ -147,7 +158,7 @@ class LoweredModel:
     def _spec(self) -> Any:
         """Return the spec that the command line names."""
         backend = Backend.probe()
-        if self.name is None and not (backend.transformer_engine and backend.fused_mamba):
+        if self.name is None and not (backend.transformer_engine and backend.mamba == FUSED):
             # The stock spec cannot be built here; ours can, with every layer the release's.
             layers, mtp = (
                 tuple(NamedLayer(layer.role, False) for layer in part)
@@ -155,28 +166,6 @@ class LoweredModel:
             )
             return stack_spec(SpecName(layers=layers, mtp=mtp), backend)
         return import_module(tuple(self.arguments["--spec"]))  # type: ignore[arg-type]
-
-
-@contextlib.contextmanager
-def one_process() -> Iterator[None]:
-    """Have Megatron's groups of size 1: those that are there, or new ones for the context."""
-    if parallel_state.model_parallel_is_initialized():
-        yield
-        return
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    threads, ours = torch.get_num_threads(), not RUNTIME.installed
-    RUNTIME.install()
-    try:
-        parallel_state.initialize_model_parallel()
-        tensor_parallel.model_parallel_cuda_manual_seed(1234)
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
-        if ours:
-            RUNTIME.uninstall()
-            torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager

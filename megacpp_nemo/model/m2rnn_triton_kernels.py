@@ -191,7 +191,8 @@ def backward(
             here = tl.cast(start + j, tl.int64) * heads
             G += query[:, None] * slope[None, :]
             if CLIPPED:
-                G = tl.minimum(tl.maximum(G, -clip), clip)
+                # Keeping what is not a number, as torch's clamp does.
+                G = tl.clamp(G, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
             P = (1.0 - gate) * (1.0 - Z * Z) * G
             after = gate * before + (1.0 - gate) * Z
             by_query = tl.sum(after * slope[None, :], axis=1)

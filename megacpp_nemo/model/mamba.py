@@ -3,8 +3,8 @@
 - `FusedMambaMixer`: Megatron's own mixer; document boundaries reach its kernels.
 - `PortableMambaMixer`: the same mixer in plain torch, where the kernels are absent.
 
-Both have the same parameters under the same names, so a checkpoint moves between them.
-Mamba-2 is arXiv 2405.21060.
+Between them stands `mamba_split.SplitMambaMixer`; `mamba_paths` chooses. All have the same
+parameters under the same names, so a checkpoint moves between them. Mamba-2 is arXiv 2405.21060.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from megacpp_nemo.contract.errors import RuntimeRefusal
 from megacpp_nemo.model.documents import DocumentBoundaries, document_ids_of
+from megacpp_nemo.model.generation_state import enter, keep, with_tail
 from megacpp_nemo.model.initial import (
     depthwise_conv,
     inverse_softplus_steps,
@@ -131,7 +131,8 @@ class PortableMambaMixer(MambaMixer):
         packed_seq_params: Any = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Mix `hidden_states` `[seq, batch, hidden]` along the sequence; return it and a bias."""
-        refuse_generation(self, inference_context or inference_params)
+        context = inference_context or inference_params
+        carried = enter(context, self.layer_number)
         documents = document_ids_of(self.config, packed_seq_params)
         projected = self.in_proj(hidden_states)[0].transpose(0, 1)
         gate, channels, steps = projected.split(
@@ -142,32 +143,58 @@ class PortableMambaMixer(MambaMixer):
             ],
             dim=-1,
         )
-        channels = convolve(self.conv1d, channels, documents)
+        seq = gate.size(1)
+        channels = with_tail(context, self.layer_number, channels, self.d_conv - 1)
+        channels = self.convolve(channels, documents)[:, -seq:]
         x, b, c = channels.split([self.d_inner_local_tp, self.bc_local, self.bc_local], dim=-1)
-        y, _ = ssd_chunked(
+        y, state = self.scan(
             x.unflatten(-1, (-1, self.headdim)),
-            F.softplus(steps.float() + self.dt_bias.float()),
-            -torch.exp(self.A_log.float()),
+            steps,
             b.unflatten(-1, (-1, self.d_state)),
             c.unflatten(-1, (-1, self.d_state)),
-            D=self.D.float(),
-            chunk_size=self.chunk_size,
-            document_ids=documents,
+            documents=documents,
+            entering=None if carried is None else carried["state"],
+            # A chunk is padded to its size, which one token need not pay for.
+            chunk_size=self.chunk_size if context is None else min(self.chunk_size, seq),
         )
+        keep(context, self.layer_number, state=state)
         mixed = self.norm(y.flatten(-2), gate)
         return self.out_proj(mixed.transpose(0, 1).contiguous())
 
+    def convolve(self, channels: Tensor, documents: Tensor | None) -> Tensor:
+        """Return SiLU of the causal convolution of `channels` `[batch, seq, channels]`."""
+        return convolve(self.conv1d, channels, documents)
 
-def refuse_generation(mixer: nn.Module, inference_context: Any) -> None:
-    """Stop step-by-step generation, which these mixers do not carry state for.
+    def scan(
+        self,
+        x: Tensor,
+        steps: Tensor,
+        b: Tensor,
+        c: Tensor,
+        *,
+        documents: Tensor | None,
+        entering: Tensor | None,
+        chunk_size: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Return y and the state after the last token, with this layer's decay, bias and skip.
 
-    Raises:
-        RuntimeRefusal: If an inference context is given outside training.
-    """
-    if inference_context is not None and not mixer.training:
-        raise RuntimeRefusal(
-            f"{type(mixer).__name__} does not generate step by step",
-            given="an inference context",
-            allowed="a forward pass over whole rows",
-            hint="run the model without an inference context",
+        Args:
+            x: Inputs [batch, seq, heads, head_dim].
+            steps: Step sizes before bias and softplus [batch, seq, heads].
+            b: Input projections [batch, seq, groups, state].
+            c: Output projections, shaped like `b`.
+            documents: Ids [batch, seq] that change where the state starts anew.
+            entering: State before the first token [batch, heads, head_dim, state].
+            chunk_size: Tokens per chunk.
+        """
+        return ssd_chunked(
+            x,
+            F.softplus(steps.float() + self.dt_bias.float()),
+            -torch.exp(self.A_log.float()),
+            b,
+            c,
+            D=self.D.float(),
+            chunk_size=chunk_size,
+            document_ids=documents,
+            initial_state=entering,
         )

@@ -24,6 +24,7 @@ from megacpp_nemo.contract.errors import RuntimeRefusal
 from megacpp_nemo.contract.mixers import AuthorMambaShape
 
 logger = logging.getLogger(__name__)
+SEVERAL_DOCUMENTS = "its rows hold several documents"
 FIRST_VERSION = Version("2.3.2")
 # Newer ones give their Triton kernel one pipeline stage there; these corrupt its result silently.
 WRONG_ON_BLACKWELL, BLACKWELL = Version("2.3.2.post1"), (10, 12)
@@ -76,7 +77,7 @@ def call_obstacle(
         carries_state: Whether a state enters or is kept.
     """
     if documents:
-        return "its rows hold several documents"
+        return SEVERAL_DOCUMENTS
     if carries_state:
         return "it carries its state from token to token"
     if x.dtype is not torch.bfloat16:

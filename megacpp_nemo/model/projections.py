@@ -1,7 +1,8 @@
-"""The projections and the convolution that every recurrent mixer has.
+"""Projections of the mixers and of the sparse attention's indexer.
 
 Both mixers project into one fused, column-parallel matrix, convolve some of its channels, and
-project back through a row-parallel matrix, as Megatron's own Mamba mixer does.
+project back through a row-parallel matrix, as Megatron's own Mamba mixer does. The indexer's
+projections are whole on every rank.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor, nn
 
 from megacpp_nemo.model.conv import causal_conv1d
+from megacpp_nemo.model.initial import parameter_device
 
 
 def in_projection(
@@ -57,3 +59,22 @@ def convolve(conv: nn.Conv1d, channels: Tensor, documents: Tensor | None) -> Ten
     """Return SiLU of the causal depthwise convolution of `channels` `[batch, seq, channels]`."""
     mixed = causal_conv1d(channels, conv.weight.squeeze(1), conv.bias, document_ids=documents)
     return F.silu(mixed)
+
+
+class WholeLinear(nn.Module):
+    """A linear layer that is whole on every rank, called as Transformer Engine's is."""
+
+    def __init__(
+        self, input_size: int, output_size: int, *, config: Any, init_method: Any, **_: Any
+    ) -> None:
+        super().__init__()
+        dtype = config.params_dtype
+        inner = nn.Linear(
+            input_size, output_size, bias=False, device=parameter_device(), dtype=dtype
+        )
+        self.weight = inner.weight
+        init_method(self.weight)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """Return the projection of `x` and no bias."""
+        return F.linear(x, self.weight), None

@@ -16,8 +16,8 @@ from typing import Any
 
 from megacpp_nemo.contract.errors import LoweringError
 from megacpp_nemo.lowering.roles import Role
+from megacpp_nemo.model.blocks import MAMBA_MIXERS
 from megacpp_nemo.model.experts import ExpertsLayer
-from megacpp_nemo.model.mamba import FusedMambaMixer, PortableMambaMixer
 from megacpp_nemo.spec.local import STAND_INS
 from megacpp_nemo.spec.upstream import SLOT_OF_ROLE, stock_stack_spec
 
@@ -30,7 +30,7 @@ _ATTENTION = (
     Role.SPARSE_ATTENTION,
     Role.GATED_DELTA_NET,
 )
-_OWN_MAMBA = (FusedMambaMixer, PortableMambaMixer)
+_OWN_MAMBA = tuple(MAMBA_MIXERS.values())
 
 
 @dataclass(frozen=True, kw_only=True)

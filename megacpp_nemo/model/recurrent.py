@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from megacpp_nemo.contract.shapes import RecurrentShape
 from megacpp_nemo.model.documents import document_ids_of
+from megacpp_nemo.model.generation_state import enter, keep, with_tail
 from megacpp_nemo.model.initial import (
     depthwise_conv,
     inverse_softplus_steps,
@@ -35,7 +36,6 @@ from megacpp_nemo.model.initial import (
     split_over_tensor_ranks,
 )
 from megacpp_nemo.model.m2rnn import forget_gate, m2rnn_scan
-from megacpp_nemo.model.mamba import refuse_generation
 from megacpp_nemo.model.norms import GatedRMSNorm
 from megacpp_nemo.model.projections import convolve, in_projection, out_projection
 
@@ -130,25 +130,29 @@ class RecurrentMixer(MegatronModule):
         packed_seq_params: Any = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Mix `hidden_states` `[seq, batch, hidden]` along the sequence; return it and a bias."""
-        refuse_generation(self, inference_context or inference_params)
+        context = inference_context or inference_params
+        carried = enter(context, self.layer_number)
         documents = document_ids_of(self.config, packed_seq_params)
         projected = self.in_proj(hidden_states)[0].transpose(0, 1)
         channels, gate, forget = projected.split(
             [2 * self.qk_size + self.value_size, self.value_size, self.num_heads], dim=-1
         )
-        channels = convolve(self.conv1d, channels, documents)
+        channels = with_tail(context, self.layer_number, channels, self.shape.conv_width - 1)
+        channels = convolve(self.conv1d, channels, documents)[:, -gate.size(1) :]
         q, k, v = channels.split([self.qk_size, self.qk_size, self.value_size], dim=-1)
         q, k = self._shared_by_all_heads(q), self._shared_by_all_heads(k)
         values = v.unflatten(-1, (-1, self.value_dim))
-        y, _ = m2rnn_scan(
+        y, state = m2rnn_scan(
             q.unflatten(-1, (-1, self.key_dim)),
             k.unflatten(-1, (-1, self.key_dim)),
             values,
             forget_gate(forget, self.A_log, self.dt_bias),
             self.transition,
             document_ids=documents,
+            initial_state=None if carried is None else carried["state"],
             state_gradient_clip=self.shape.state_gradient_clip,
         )
+        keep(context, self.layer_number, state=state)
         y = y + values * self.D.to(values.dtype).unsqueeze(-1)
         mixed = self.norm(y.flatten(-2), gate)
         return self.out_proj(mixed.transpose(0, 1).contiguous())

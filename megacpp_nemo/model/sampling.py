@@ -44,6 +44,14 @@ class Sampling:
                     allowed=allowed,
                     hint=f"{name}={1 if name == 'top_k' else 0.9}",
                 )
+        narrowed = [name for name in ("top_k", "top_p") if getattr(self, name) is not None]
+        if narrowed and not self.temperature:
+            raise RuntimeRefusal(
+                "Without a temperature the likeliest token is taken, and none is drawn",
+                given=f"temperature=0 with {', '.join(narrowed)}",
+                allowed="top_k and top_p with a temperature above 0",
+                hint="temperature=0.8",
+            )
 
 
 def choose(logits: Tensor, sampling: Sampling, draw: torch.Generator) -> Tensor:
@@ -60,7 +68,9 @@ def next_token_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     Logits are divided by the temperature, then all but the `top_k` largest dropped, and then
     those behind the first that bring the rest to `top_p`. Temperature must be above 0.
     """
-    scaled = logits.double() / sampling.temperature
+    scaled = logits.double()
+    # From the largest down, however small the temperature, nothing overflows.
+    scaled = (scaled - scaled.amax(-1, keepdim=True)) / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < scaled.size(-1):
         # By rank, so that equal logits do not make it more than k.
         ranks = scaled.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)

@@ -11,6 +11,7 @@ from typing import Any
 
 from megacpp_nemo.contract.shapes import (
     AttentionShape,
+    AuthorMambaShape,
     ExpertsShape,
     LatentShape,
     MambaShape,
@@ -38,7 +39,7 @@ def shape_of(config: Any) -> tuple[ModelShape, Features]:
             head_dim=config.kv_channels or config.hidden_size // config.num_attention_heads,
         ),
         latent=_latent(config),
-        sparse_attention=SparseAttentionShape(a_ranks=config.dsa_a_ranks),
+        sparse_attention=sparse_shape_of(config),
         experts=_experts(config),
         mamba=MambaShape(
             num_heads=config.mamba_num_heads or 2 * config.hidden_size // config.mamba_head_dim,
@@ -48,9 +49,12 @@ def shape_of(config: Any) -> tuple[ModelShape, Features]:
             conv_width=config.mamba_conv_width,
             chunk_size=config.mamba_chunk_size,
         ),
+        author_mamba=author_mamba_shape_of(config),
         recurrent=recurrent_shape_of(config),
         mtp=MultiTokenPredictionShape(
-            num_layers=config.mtp_num_layers or 0, pattern=config.mtp_pattern
+            num_layers=config.mtp_num_layers or 0,
+            pattern=config.mtp_pattern,
+            loss_scaling_factor=config.mtp_loss_scaling_factor,
         ),
     )
     features = Features(
@@ -106,6 +110,36 @@ def recurrent_shape_of(config: Any) -> RecurrentShape:
         value_dim=config.m2rnn_value_dim,
         conv_width=config.m2rnn_conv_width,
         state_gradient_clip=config.m2rnn_state_gradient_clip,
+    )
+
+
+def sparse_shape_of(config: Any) -> SparseAttentionShape:
+    """Return the shape of a hybrid configuration's sparse attention, and its ranks.
+
+    Raises:
+        RecipeError: If a size is not usable.
+    """
+    return SparseAttentionShape(
+        a_ranks=config.dsa_a_ranks,
+        indexer_num_heads=config.dsa_indexer_n_heads,
+        indexer_head_dim=config.dsa_indexer_head_dim,
+        indexer_topk=config.dsa_indexer_topk,
+        indexer_loss_coeff=config.dsa_indexer_loss_coeff,
+    )
+
+
+def author_mamba_shape_of(config: Any) -> AuthorMambaShape:
+    """Return the shape of a hybrid configuration's M layers on the authored lane.
+
+    Raises:
+        RecipeError: If a size is not usable.
+    """
+    return AuthorMambaShape(
+        num_heads=config.author_mamba_num_heads,
+        head_dim=config.author_mamba_head_dim,
+        state_dim=config.author_mamba_state_dim,
+        mimo_rank=config.author_mamba_mimo_rank,
+        chunk_size=config.author_mamba_chunk_size,
     )
 
 

@@ -6,18 +6,21 @@ The machine's backend is probed once per model and stated in the log.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from megacpp_nemo.contract.pattern import BlockFamily
 from megacpp_nemo.host import compat
 from megacpp_nemo.model import blocks
-from megacpp_nemo.model.blocks import MAMBA_PATHS, Backend
-from megacpp_nemo.model.shape import recurrent_shape_of
+from megacpp_nemo.model.blocks import Backend
+from megacpp_nemo.model.prediction import prediction_spec
+from megacpp_nemo.model.shape import author_mamba_shape_of, recurrent_shape_of, sparse_shape_of
 from megacpp_nemo.model.stack import HybridStack, HybridStackSubmodules
 
-__all__ = ["MAMBA_PATHS", "Backend", "hybrid_stack_spec"]
+__all__ = ["Backend", "hybrid_stack_spec"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +33,10 @@ def hybrid_stack_spec(config: Any, backend: Backend | None = None) -> ModuleSpec
         backend: What to build from; probed if not given.
     """
     compat.install()
-    backend = backend or Backend.probe(config.mamba_path)
-    logger.info("Hybrid layers are built from %s", backend)
-    return ModuleSpec(
+    backend = backend or _probe(config)
+    mamba2 = config.mamba_lane == "native" and BlockFamily.MAMBA in config.families
+    logger.info("Hybrid layers are built from %s", backend if mamba2 else backend.modules)
+    spec = ModuleSpec(
         module=HybridStack,
         submodules=HybridStackSubmodules(
             attention_layer=(
@@ -40,14 +44,36 @@ def hybrid_stack_spec(config: Any, backend: Backend | None = None) -> ModuleSpec
                 if config.multi_latent_attention
                 else blocks.grouped_attention_layer(backend)
             ),
+            sparse_attention_layer=(
+                blocks.sparse_attention_layer(
+                    backend, sparse_shape_of(config), layernorm=config.qk_layernorm
+                )
+                if config.multi_latent_attention
+                else IdentityOp
+            ),
             moe_layer=_experts_layer(config, backend),
             mlp_layer=IdentityOp if config.experts else blocks.mlp_layer(backend),
-            mamba_layer=blocks.mamba_layer(
-                backend, conv_width=config.mamba_conv_width, chunk_size=config.mamba_chunk_size
-            ),
+            mamba_layer=_mamba_layer(config, backend),
             recurrent_layer=blocks.recurrent_layer(backend, recurrent_shape_of(config)),
             final_norm=backend.norm,
         ),
+    )
+    depths = prediction_spec(config, backend, spec.submodules)
+    return replace(spec, submodules=replace(spec.submodules, mtp_block_spec=depths))
+
+
+def _probe(config: Any) -> Backend:
+    """Return what this machine can run; a path demanded of Mamba-3 is none of Mamba-2's."""
+    demanded = config.mamba_path if config.mamba_lane == "native" else "auto"
+    return Backend.probe(demanded, conv_width=config.mamba_conv_width, documents=config.reset_state)
+
+
+def _mamba_layer(config: Any, backend: Backend) -> ModuleSpec:
+    if config.mamba_lane == "author":
+        shape = author_mamba_shape_of(config)
+        return blocks.author_mamba_layer(backend, shape, path=config.mamba_path)
+    return blocks.mamba_layer(
+        backend, conv_width=config.mamba_conv_width, chunk_size=config.mamba_chunk_size
     )
 
 

@@ -26,6 +26,7 @@ from megacpp_nemo.model.experts import without_fp8
 # Families that Megatron's own bookkeeping of a stack knows, by its symbols.
 _UPSTREAM_SYMBOLS = {
     BlockFamily.ATTENTION: Symbols.ATTENTION,
+    BlockFamily.SPARSE_ATTENTION: Symbols.ATTENTION,
     BlockFamily.EXPERTS: Symbols.MOE,
     BlockFamily.MAMBA: Symbols.MAMBA,
 }
@@ -33,15 +34,19 @@ _UPSTREAM_SYMBOLS = {
 
 @dataclass
 class HybridStackSubmodules(MambaStackSubmodules):
-    """Megatron's layer specs of a Mamba stack, and two more.
+    """Megatron's layer specs of a Mamba stack, and three more.
 
     Args:
+        sparse_attention_layer: Layer of a D block, and of A blocks of chosen ranks.
         recurrent_layer: Layer of an R block.
         final_norm: Norm after the last layer.
+        mtp_block_spec: Multi-token prediction depths; later releases have them here, too.
     """
 
+    sparse_attention_layer: ModuleSpec | type = IdentityOp
     recurrent_layer: ModuleSpec | type = IdentityOp
     final_norm: ModuleSpec | type = IdentityOp
+    mtp_block_spec: Any = None
 
 
 class HybridStack(MambaStack):
@@ -94,6 +99,12 @@ class HybridStack(MambaStack):
         self.hybrid_override_pattern = hybrid_override_pattern
         layers = LayerPattern.parse(hybrid_override_pattern or "").tile(config.num_layers)
         first, families = self._stage(layers)
+        ranks = layers.a_ranks()
+        sparse = {ranks[rank] for rank in config.dsa_a_ranks}
+        families = tuple(
+            BlockFamily.SPARSE_ATTENTION if number in sparse else family
+            for number, family in enumerate(families, first + 1)
+        )
         symbols = {**_UPSTREAM_SYMBOLS}
         if _is_dense(submodules):
             symbols[BlockFamily.EXPERTS] = Symbols.MLP
@@ -161,6 +172,7 @@ def _is_dense(submodules: HybridStackSubmodules) -> bool:
 def _spec_of(submodules: HybridStackSubmodules, family: BlockFamily) -> ModuleSpec | type:
     specs = {
         BlockFamily.ATTENTION: submodules.attention_layer,
+        BlockFamily.SPARSE_ATTENTION: submodules.sparse_attention_layer,
         BlockFamily.EXPERTS: (
             submodules.mlp_layer if _is_dense(submodules) else submodules.moe_layer
         ),

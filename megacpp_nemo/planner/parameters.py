@@ -6,6 +6,8 @@ however its bank is held. Shapes are of the whole model, before it is split over
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -32,7 +34,7 @@ class Inventory(NamedTuple):
 def inventory(recipe: HybridRecipe) -> Inventory:
     """Return the parameters of a recipe's model, and what of it has parameters not known here."""
     known = tuple(
-        classify(name, shape, layers=recipe.layers, model=recipe.model)
+        classify(name, shape, layers=recipe.layers, model=recipe.model, mamba=recipe.features.mamba)
         for name, shape in _shapes(recipe)
     )
     return Inventory(known, tuple(_unknown(recipe)))
@@ -49,23 +51,17 @@ def parameters(recipe: HybridRecipe) -> tuple[Parameter, ...]:
         raise RecipeError(
             "Not all parameters of this model are known, because nothing here builds them",
             given=", ".join(unknown),
-            allowed="latent or grouped attention, experts or dense MLPs, Mamba-2, M2RNN",
-            hint="features.sparse_attention=false, features.ngram_hash=false, mtp.num_layers=0",
+            allowed="latent or grouped attention, experts or dense MLPs, Mamba-2, Mamba-3, M2RNN",
+            hint="features.ngram_hash=false",
         )
     return known
 
 
 def _unknown(recipe: HybridRecipe) -> Iterator[str]:
-    counts = recipe.layers.counts()
-    sparse = len(recipe.sparse_layer_numbers) + counts.get(BlockFamily.SPARSE_ATTENTION, 0)
-    if sparse:
-        yield f"the indexers of {sparse} sparse attention layers"
-    if deltas := counts.get(BlockFamily.GATED_DELTA_NET, 0):
+    depths = recipe.model.mtp.pattern.layers * recipe.model.mtp.num_layers
+    counts = Counter((*recipe.layers, *depths))
+    if deltas := counts[BlockFamily.GATED_DELTA_NET]:
         yield f"{deltas} Gated DeltaNet layers"
-    if recipe.features.mamba == "author" and recipe.has(BlockFamily.MAMBA):
-        yield f"{counts[BlockFamily.MAMBA]} Mamba-3 layers"
-    if depth := recipe.model.mtp.num_layers:
-        yield f"{depth} multi-token prediction depth" + ("s" if depth > 1 else "")
     if recipe.features.ngram_hash:
         yield "the n-gram memory"
     if recipe.features.structure:
@@ -82,25 +78,41 @@ def padded_vocabulary(recipe: HybridRecipe) -> int:
 def _shapes(recipe: HybridRecipe) -> Shapes:
     hidden, rows = recipe.model.hidden_size, padded_vocabulary(recipe)
     yield "embedding.word_embeddings.weight", (rows, hidden)
+    sparse = recipe.sparse_layer_numbers
     for index, family in enumerate(recipe.layers):
-        for name, shape in _layer(recipe, family):
+        built = BlockFamily.SPARSE_ATTENTION if index + 1 in sparse else family
+        for name, shape in _layer(recipe, built):
             yield f"decoder.layers.{index}.{name}", shape
     yield "decoder.final_norm.weight", (hidden,)
     yield "output_layer.weight", (rows, hidden)
+    for depth in range(recipe.model.mtp.num_layers):
+        for name, shape in _depth(recipe):
+            yield f"mtp.layers.{depth}.{name}", shape
+
+
+def _depth(recipe: HybridRecipe) -> Shapes:
+    hidden = recipe.model.hidden_size
+    yield "enorm.weight", (hidden,)
+    yield "hnorm.weight", (hidden,)
+    yield "eh_proj.weight", (hidden, 2 * hidden)
+    for index, family in enumerate(recipe.model.mtp.pattern):
+        for name, shape in _layer(recipe, family):
+            yield f"mtp_model_layer.layers.{index}.{name}", shape
+    yield "final_layernorm.weight", (hidden,)
 
 
 def _layer(recipe: HybridRecipe, family: BlockFamily) -> Shapes:
-    """Return the known parameters of a layer; of sparse attention, all but the indexer's."""
+    """Return the known parameters of a layer."""
     if family is BlockFamily.SPARSE_ATTENTION:
-        return _latent(recipe)
+        return itertools.chain(_latent(recipe), _indexer(recipe))
     if family is BlockFamily.ATTENTION:
         return _latent(recipe) if recipe.features.latent_attention else _grouped(recipe)
     if family is BlockFamily.EXPERTS:
         return _experts(recipe) if recipe.features.experts else _dense(recipe)
     if family is BlockFamily.RECURRENT:
         return _recurrent(recipe)
-    if family is BlockFamily.MAMBA and recipe.features.mamba == "native":
-        return _mamba(recipe)
+    if family is BlockFamily.MAMBA:
+        return _author_mamba(recipe) if recipe.features.mamba == "author" else _mamba(recipe)
     return iter(())
 
 
@@ -126,6 +138,17 @@ def _latent(recipe: HybridRecipe) -> Shapes:
     if shape.layernorm:
         yield "self_attention.q_layernorm.weight", (shape.q_lora_rank,)
         yield "self_attention.kv_layernorm.weight", (shape.kv_lora_rank,)
+
+
+def _indexer(recipe: HybridRecipe) -> Shapes:
+    hidden, shape = recipe.model.hidden_size, recipe.model.sparse_attention
+    prefix, width = "self_attention.core_attention.indexer", shape.indexer_head_dim
+    rows = shape.indexer_num_heads * width
+    yield f"{prefix}.linear_wq_b.weight", (rows, recipe.model.latent.q_lora_rank)
+    yield f"{prefix}.linear_wk.weight", (width, hidden)
+    yield f"{prefix}.k_norm.weight", (width,)
+    yield f"{prefix}.k_norm.bias", (width,)
+    yield f"{prefix}.linear_weights_proj.weight", (shape.indexer_num_heads, hidden)
 
 
 def _experts(recipe: HybridRecipe) -> Shapes:
@@ -160,6 +183,24 @@ def _mamba(recipe: HybridRecipe) -> Shapes:
     yield "mixer.conv1d.weight", (channels, 1, shape.conv_width)
     yield "mixer.conv1d.bias", (channels,)
     yield "mixer.norm.weight", (inner,)
+    yield "mixer.out_proj.weight", (hidden, inner)
+    yield "norm.weight", (hidden,)
+
+
+def _author_mamba(recipe: HybridRecipe) -> Shapes:
+    hidden, shape = recipe.model.hidden_size, recipe.model.author_mamba
+    heads, rank, state = shape.num_heads, shape.mimo_rank, shape.state_dim
+    inner = heads * shape.head_dim
+    for name in ("dt_bias", "D"):
+        yield f"mixer.{name}", (heads,)
+    for name in ("B_bias", "C_bias"):
+        yield f"mixer.{name}", (heads, rank, state)
+    for name in ("mimo_x", "mimo_z", "mimo_o") if rank > 1 else ():
+        yield f"mixer.{name}", (heads, rank, shape.head_dim)
+    rows = 2 * inner + 2 * rank * state + 3 * heads + shape.num_angles
+    yield "mixer.in_proj.weight", (rows, hidden)
+    yield "mixer.B_norm.weight", (state,)
+    yield "mixer.C_norm.weight", (state,)
     yield "mixer.out_proj.weight", (hidden, inner)
     yield "norm.weight", (hidden,)
 

@@ -20,16 +20,15 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
-from torch import Tensor, nn
 
 from megacpp_nemo.model.attention import LatentDotProduct
-from megacpp_nemo.model.blocks import FUSED_NORM_NAMES, Backend
-from megacpp_nemo.model.initial import parameter_device
-from megacpp_nemo.model.mamba import PortableMambaMixer
+from megacpp_nemo.model.blocks import FUSED_NORM_NAMES, MAMBA_MIXERS, Backend
+from megacpp_nemo.model.mamba_paths import FUSED, PORTABLE, SPLIT
 from megacpp_nemo.model.norms import LocalRMSNorm
+from megacpp_nemo.model.projections import WholeLinear
 
 # Class here -> class of the release that it stands for.
-STAND_INS: dict[type, type] = {PortableMambaMixer: MambaMixer}
+STAND_INS: dict[type, type] = {MAMBA_MIXERS[path]: MambaMixer for path in (SPLIT, PORTABLE)}
 # Where a layer's own norm stands when its first projection does not hold one.
 _NORM_OF_SLOT = {
     "attention_layer": ("input_layernorm", "self_attention.linear_qkv"),
@@ -38,25 +37,6 @@ _NORM_OF_SLOT = {
     "mamba_layer": ("norm", "mixer.in_proj"),
 }
 _ANY_EXPERTS = 8  # Megatron's spec of experts asks whether there are any, not how many.
-
-
-class WholeLinear(nn.Module):
-    """A linear layer that is whole on every rank, called as Transformer Engine's is."""
-
-    def __init__(
-        self, input_size: int, output_size: int, *, config: Any, init_method: Any, **_: Any
-    ) -> None:
-        super().__init__()
-        dtype = config.params_dtype
-        inner = nn.Linear(
-            input_size, output_size, bias=False, device=parameter_device(), dtype=dtype
-        )
-        self.weight = inner.weight
-        init_method(self.weight)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        """Return the projection of `x` and no bias."""
-        return nn.functional.linear(x, self.weight), None
 
 
 def localized(submodules: Any, backend: Backend) -> Any:
@@ -97,8 +77,8 @@ def _local(value: Any, missing: dict[int, Any], within: str, backend: Backend) -
     if id(value) in missing:
         stand_in = missing[id(value)]
         return _LOCAL_WITHIN.get(within, {}).get(stand_in, stand_in)
-    if value is MambaMixer and not backend.fused_mamba:
-        return PortableMambaMixer
+    if value is MambaMixer and backend.mamba != FUSED:
+        return MAMBA_MIXERS[backend.mamba]
     if isinstance(value, functools.partial):
         words = {k: _local(v, missing, within, backend) for k, v in value.keywords.items()}
         return functools.partial(value.func, *value.args, **words)

@@ -10,13 +10,21 @@ from dataclasses import fields
 from typing import Any, NamedTuple
 
 from megacpp_nemo.contract.errors import RuntimeRefusal
-from megacpp_nemo.contract.shapes import RecurrentShape
+from megacpp_nemo.contract.shapes import AuthorMambaShape, RecurrentShape, SparseAttentionShape
 from megacpp_nemo.contract.training import Precision
 from megacpp_nemo.lowering.roles import Role
 from megacpp_nemo.lowering.rows_plasticity import SWITCHES
 from megacpp_nemo.lowering.seams import SEAMS
 from megacpp_nemo.lowering.spec_name import MODEL, SpecName, written
-from megacpp_nemo.spec.layers import BUILT, CHUNK_SIZE, CONV_WIDTH, RECURRENT
+from megacpp_nemo.spec.layers import (
+    AUTHOR_MAMBA,
+    BUILT,
+    CHUNK_SIZE,
+    CONV_WIDTH,
+    MAMBA_PATH,
+    RECURRENT,
+    SPARSE_ATTENTION,
+)
 
 
 class Reason(NamedTuple):
@@ -65,7 +73,8 @@ _UNBUILT: tuple[Unbuilt, ...] = (
     Unbuilt(
         ("model.mtp.num_layers",),
         "model.mtp.",
-        "multi-token prediction (MTP), which this release builds for no hybrid model",
+        "multi-token prediction (MTP), which this release builds for no hybrid model, and only "
+        "the NeMo recipe does",
         "model.mtp.num_layers=0",
     ),
     Unbuilt(
@@ -85,18 +94,6 @@ _UNBUILT: tuple[Unbuilt, ...] = (
         for lever, switches in SWITCHES.items()
     ),
 )
-_UNBUILT_ROLES = {
-    Role.SPARSE_ATTENTION: (
-        "sparse attention (DSA) of this package",
-        "model.sparse_attention.",
-        "features.sparse_attention=false",
-    ),
-    Role.AUTHOR_MAMBA: (
-        "the authored Mamba-3 mixer",
-        "model.author_mamba.",
-        "features.mamba=native",
-    ),
-}
 
 
 def refuse_unbuilt(name: SpecName) -> None:
@@ -121,11 +118,11 @@ def _roles(name: SpecName) -> Iterator[Reason]:
     for layer in asked:
         if layer.role in BUILT:
             continue
-        what, _, off = _UNBUILT_ROLES.get(
-            layer.role,
-            (f"{layer.role.words} of this package", "", f"a small {layer.role.value!r}"),
+        yield Reason(
+            f"{layer.role.words} of this package",
+            f"layers with {layer.letter!r}",
+            f"a small {layer.role.value!r}",
         )
-        yield Reason(what, f"layers with {layer.letter!r}", off)
 
 
 def _features(name: SpecName) -> Iterator[Reason]:
@@ -141,7 +138,8 @@ def _settings(name: SpecName) -> Iterator[Reason]:
     custom = {layer.role for layer in (*name.layers, *name.mtp) if layer.custom}
     wanted = dict.fromkeys(_wanted(custom))
     for path, value in name.settings.items():
-        if path not in wanted and not _explained(path, name, custom) and not _fp8(path, value):
+        read = path in wanted or _fp8(path, value) or _path(path, custom)
+        if not read and not _explained(path, name):
             yield Reason(
                 f"no layer of the model reads {path}", _shown(path, value), "the name without it"
             )
@@ -158,19 +156,28 @@ def _settings(name: SpecName) -> Iterator[Reason]:
 def _wanted(custom: set[Role]) -> Iterator[str]:
     if Role.RECURRENT in custom:
         yield from (f"{RECURRENT}{item.name}" for item in fields(RecurrentShape))
+    if Role.SPARSE_ATTENTION in custom:
+        names = [item.name for item in fields(SparseAttentionShape) if item.name != "a_ranks"]
+        yield from (f"{SPARSE_ATTENTION}{name}" for name in names)
+    if Role.AUTHOR_MAMBA in custom:
+        yield from (f"{AUTHOR_MAMBA}{item.name}" for item in fields(AuthorMambaShape))
     if Role.MAMBA in custom:
         yield from (CONV_WIDTH, CHUNK_SIZE)
 
 
-def _explained(path: str, name: SpecName, custom: set[Role]) -> bool:
+def _explained(path: str, name: SpecName) -> bool:
     """Whether a setting only shapes what is refused already, or asks for nothing."""
     shapes = [
         thing.shapes for thing in _UNBUILT if any(name.settings.get(asked) for asked in thing.asked)
     ]
-    shapes += [prefix for role, (_, prefix, _) in _UNBUILT_ROLES.items() if role in custom]
     return any(path.startswith(prefix) for prefix in shapes) or (
         path in {asked for thing in _UNBUILT for asked in thing.asked}
     )
+
+
+def _path(path: str, custom: set[Role]) -> bool:
+    """Whether a setting demands a path of Mamba layers that stand in the name."""
+    return path == MAMBA_PATH and bool({Role.MAMBA, Role.AUTHOR_MAMBA} & custom)
 
 
 def _fp8(path: str, value: Any) -> bool:

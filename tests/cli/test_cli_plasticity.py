@@ -25,7 +25,8 @@ def test_every_matrix_is_listed_with_its_verdict(capsys: Any) -> None:
     data = json.loads(out)
     assert (status, data["schema"], data["recipe"]) == (0, 1, "nam56r")
     touched = [item for item in data["matrices"] if item["touched"]]
-    assert len(touched) == 52  # four of each of 13 attention layers
+    # Four of each of 13 attention layers, and of the one of the prediction depth.
+    assert len(touched) == 56
     assert all(item["why"] is None for item in touched)
     others = [item for item in data["matrices"] if not item["touched"]]
     assert all(item["why"] for item in others)

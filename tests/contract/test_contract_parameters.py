@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from megacpp_nemo.contract import LayerPattern, PatternError, RecipeError
 from megacpp_nemo.contract.parameters import TARGETS, Parameter, ParameterKind, Selection, classify
+from megacpp_nemo.contract.pattern import BlockFamily
 from megacpp_nemo.contract.shapes import (
     AttentionShape,
+    AuthorMambaShape,
     ExpertsShape,
     LatentShape,
     MambaShape,
@@ -26,6 +28,7 @@ MODEL = ModelShape(
     ),
     experts=ExpertsShape(num_experts=4, ffn_hidden_size=16, activation="swiglu"),
     mamba=MambaShape(num_heads=4, head_dim=8, state_dim=6, num_groups=2),
+    author_mamba=AuthorMambaShape(num_heads=8, head_dim=8, state_dim=16, mimo_rank=2),
     recurrent=RecurrentShape(num_heads=4, num_qk_heads=1, key_dim=8, value_dim=4),
 )
 
@@ -36,6 +39,10 @@ def of(name: str, *shape: int, **ranks: int) -> Parameter:
 
 def rows(parameter: Parameter) -> dict[str, tuple[tuple[int, int], ...]]:
     return {part.name: part.rows for part in parameter.parts}
+
+
+# The depths of `ModelShape` are AE unless said otherwise.
+INNER = "mtp.layers.1.mtp_model_layer.layers"
 
 
 @pytest.mark.parametrize(
@@ -54,8 +61,16 @@ def rows(parameter: Parameter) -> dict[str, tuple[tuple[int, int], ...]]:
         ("decoder.layers.1.mlp.shared_experts.linear_fc1.bias", (32,), ParameterKind.BIAS),
         ("decoder.layers.2.mixer.conv1d.weight", (56, 1, 4), ParameterKind.CONVOLUTION),
         ("decoder.layers.2.mixer.A_log", (4,), ParameterKind.STATE),
+        ("decoder.layers.2.mixer.B_bias", (8, 2, 16), ParameterKind.STATE),
+        ("decoder.layers.2.mixer.mimo_x", (8, 2, 8), ParameterKind.STATE),
+        ("decoder.layers.2.mixer.C_norm.weight", (16,), ParameterKind.NORM),
         ("decoder.layers.3.mixer.transition", (4, 4, 4), ParameterKind.TRANSITION),
         ("decoder.layers.0.self_attention.linear_proj.weight", (32, 48), ParameterKind.PROJECTION),
+        ("mtp.layers.0.enorm.weight", (32,), ParameterKind.NORM),
+        ("mtp.layers.0.hnorm.weight", (32,), ParameterKind.NORM),
+        ("mtp.layers.0.final_layernorm.weight", (32,), ParameterKind.NORM),
+        ("mtp.layers.0.eh_proj.weight", (32, 64), ParameterKind.PROJECTION),
+        (f"{INNER}.1.mlp.router.weight", (4, 32), ParameterKind.ROUTER),
     ],
 )
 def test_every_parameter_has_a_kind(name: str, shape: tuple[int, ...], kind: ParameterKind) -> None:
@@ -104,6 +119,23 @@ def test_mixers_are_told_apart_by_their_layers_family() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_authored_mamba_has_parts_of_its_own(ranks: int) -> None:
+    height = (2 * 64 + 2 * 32 + 3 * 8 + 4) // ranks
+    found = classify(
+        "decoder.layers.2.mixer.in_proj.weight",
+        (height, 32),
+        layers=LAYERS,
+        model=MODEL,
+        mamba="author",
+        tensor_ranks=ranks,
+    )
+    assert {part.name: part.height * ranks for part in found.parts} == {
+        "z": 64, "x": 64, "B": 32, "C": 32, "dt": 8, "A": 8, "trap": 8, "angle": 4
+    }  # fmt: skip
+    assert found.parts[-1].rows == ((height - 4 // ranks, height),)
+
+
 @pytest.mark.parametrize(
     "ending", ["local_experts.1.linear_fc1.weight", "linear_fc1.weight1"], ids=["list", "grouped"]
 )
@@ -113,6 +145,20 @@ def test_an_expert_has_one_name_however_its_bank_is_held(ending: str) -> None:
     assert (found.kind, found.expert) == (ParameterKind.EXPERT_BANK, 3)
     assert rows(found) == {"gate": ((0, 16),), "up": ((16, 32),)}
     assert [found.part_name(part)[-6:] for part in found.parts] == ["[gate]", "ht[up]"]
+
+
+def test_layers_of_a_prediction_depth_are_of_its_families_and_have_no_number() -> None:
+    # Depths stand on the last stage, whatever is before it.
+    found = of(f"{INNER}.1.mlp.experts.local_experts.0.linear_fc1.weight", 32, 32, first_layer=3)
+    assert found.name == f"{INNER}.1.mlp.experts.0.linear_fc1.weight"
+    assert (found.layer, found.family, found.expert) == (None, BlockFamily.EXPERTS, 0)
+    assert rows(found) == {"gate": ((0, 16),), "up": ((16, 32),)}
+    latent = of(f"{INNER}.0.self_attention.linear_kv_down_proj.weight", 14, 32)
+    assert latent.family is BlockFamily.ATTENTION
+    assert rows(latent) == {"latent": ((0, 10),), "k_rotary": ((10, 14),)}
+    joined = of("mtp.layers.1.eh_proj.weight", 32, 64, first_layer=3)
+    assert (joined.name, joined.family) == ("mtp.layers.1.eh_proj.weight", None)
+    assert rows(joined) == {"": ((0, 32),)}
 
 
 def test_layers_are_numbered_through_the_pipeline_stages() -> None:
@@ -126,6 +172,8 @@ def test_layers_are_numbered_through_the_pipeline_stages() -> None:
         ("decoder.layers.0.self_attention.linear_new.weight", (4, 4)),
         ("decoder.layers.1.mlp.experts.weight1", (4, 4)),
         ("ngram.table", (4, 4)),
+        ("mtp.layers.0.e_proj.weight", (32, 32)),
+        (f"{INNER}.2.mlp.router.weight", (4, 32)),
         ("decoder.layers.2.mixer.in_proj.scale", (4,)),
     ],
 )

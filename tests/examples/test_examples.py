@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megacpp_nemo.host.checkpoint import is_complete
+from megacpp_nemo.host.checkpoint_folder import is_complete
 from tests.support.processes import in_process
 from tests.support.training import write_sources
 

@@ -49,8 +49,8 @@ def test_every_feature_is_told_once_and_its_seam_is_one_of_the_lowerings(made, r
 @pytest.mark.parametrize(
     ("release", "mla", "dsa", "mtp"),
     [
-        ("0.16.1", Status.SEAM, Status.EXPERIMENTAL, Status.EXPERIMENTAL),
-        ("0.17.1", Status.SEAM, Status.EXPERIMENTAL, Status.NATIVE),
+        ("0.16.1", Status.SEAM, Status.SEAM, Status.EXPERIMENTAL),
+        ("0.17.1", Status.SEAM, Status.SEAM, Status.NATIVE),
         ("0.18.2", Status.SEAM, Status.NATIVE, Status.NATIVE),
         ("0.19.0", Status.NATIVE, Status.NATIVE, Status.NATIVE),
     ],

@@ -109,6 +109,7 @@ class TestNam56r:
             ({"reset_state": True}, "documents"),
             ({"mamba.conv_width": 2}, "mamba-kernel-shape"),
             ({"mamba.chunk_size": 64}, "mamba-kernel-shape"),
+            ({"mamba_path": "split"}, "mamba-path"),
             ({"precision": "fp8"}, "fp8-experts"),
         ],
     )

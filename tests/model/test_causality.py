@@ -95,7 +95,7 @@ def test_a_packed_row_is_its_documents_run_separately(pattern):
 
 
 def test_the_forward_step_gives_the_model_the_batchs_documents():
-    from megacpp_nemo.model.config import hybrid_forward_step
+    from megacpp_nemo.model.steps import hybrid_forward_step
 
     config = small_config("AEMR", reset_attention_mask=True)
     model = build_model(config)
@@ -108,7 +108,8 @@ def test_the_forward_step_gives_the_model_the_batchs_documents():
         "document_ids": boundaries.document_ids,
     }
 
-    def called(input_ids, position_ids, labels, packed_seq_params):
+    def called(input_ids, position_ids, labels, loss_mask, packed_seq_params):
+        assert loss_mask is None
         return model(
             input_ids, position_ids, None, labels=labels, packed_seq_params=packed_seq_params
         )

@@ -13,9 +13,10 @@ from megacpp_nemo.contract import recipe
 from megacpp_nemo.contract.errors import MegaCppError, PatternError, RecipeError, RuntimeRefusal
 from megacpp_nemo.contract.shapes import SparseAttentionShape
 from megacpp_nemo.host.preflight import refuse_unbuilt
-from megacpp_nemo.model import config as config_module
-from megacpp_nemo.model.config import HybridConfig, HybridModel, hybrid_data_step
+from megacpp_nemo.model import steps as steps_module
+from megacpp_nemo.model.config import HybridConfig, HybridModel
 from megacpp_nemo.model.shape import parallelism_of, shape_of
+from megacpp_nemo.model.steps import hybrid_data_step
 from tests.model.building import TOKENIZER, megatron, small_config
 from tests.support.processes import in_process
 
@@ -256,19 +257,19 @@ def test_stages_can_be_forced_to_have_or_lack_the_ends():
 
 
 def test_what_no_layer_carries_out_is_refused_when_the_model_is_built():
-    config = small_config("AM", mtp_num_layers=1)
-    with pytest.raises(RuntimeRefusal, match="multi-token prediction"):
+    config = small_config("AM", ngram_hash=True)
+    with pytest.raises(RuntimeRefusal, match="n-gram memory"):
         config.configure_model(TOKENIZER)
 
 
 @pytest.mark.parametrize("stage", ["first", "middle", "last"])
 def test_document_ids_reach_every_pipeline_stage(monkeypatch, stage):
-    def kept(iterator: Any) -> dict[str, Any]:
+    def kept(iterator: Any, use_mtp: bool) -> dict[str, Any]:
         batch = next(iterator)[0]
         names = {"first": ["tokens"], "middle": [], "last": ["labels"]}[stage]
         return {name: batch[name] for name in names}
 
-    monkeypatch.setattr(config_module, "gpt_data_step", kept)
+    monkeypatch.setattr(steps_module, "gpt_data_step", kept)
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self, **kwargs: self)
     ids = torch.tensor([[0, 1]])
     batch = {"tokens": ids, "labels": ids, "document_ids": ids}

@@ -121,9 +121,9 @@ def test_keeping_the_state_across_documents_ignores_boundaries():
     assert torch.equal(packed, mixer(hidden)[0])
 
 
-def test_generation_is_refused():
+def test_another_inference_context_than_ours_is_refused():
     mixer = build_mixer(small_config("M"), "mamba").eval()
-    with pytest.raises(RuntimeRefusal, match="does not generate step by step"):
+    with pytest.raises(RuntimeRefusal, match="a context of their own"):
         mixer(torch.zeros(1, 1, 32), inference_context=object())
 
 
@@ -191,7 +191,7 @@ def megatrons_mixer(monkeypatch):
     )
 
     def build(config, kind=upstream.MambaMixer):
-        backend = Backend(transformer_engine=False, fused_mamba=True)
+        backend = Backend(transformer_engine=False, mamba="fused")
         spec = hybrid_stack_spec(config, backend).submodules.mamba_layer.submodules.mixer
         assert spec.module is FusedMambaMixer
         mixer = kind(

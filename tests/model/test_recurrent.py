@@ -152,11 +152,11 @@ def test_the_state_starts_as_the_paper_says():
     assert step.log().mean().item() == pytest.approx(middle, abs=0.17)
 
 
-def test_generation_is_refused():
+def test_another_inference_context_than_ours_is_refused():
     from megacpp_nemo.contract.errors import RuntimeRefusal
 
     mixer = build_mixer(small_config("R"), "recurrent").eval()
-    with pytest.raises(RuntimeRefusal, match="does not generate step by step"):
+    with pytest.raises(RuntimeRefusal, match="a context of their own"):
         mixer(torch.zeros(1, 1, 32), inference_context=object())
 
 

@@ -98,6 +98,20 @@ def test_without_a_temperature_the_likeliest_token_is_taken() -> None:
 )
 def test_a_value_outside_its_range_is_refused(name: str, value: float) -> None:
     with pytest.raises(RuntimeRefusal, match=name) as refused:
-        Sampling(**{name: value})  # type: ignore[arg-type]
+        Sampling(**{"temperature": 1.0, name: value})
     key, _, hint = str(refused.value.hint).partition("=")
-    Sampling(**{key: float(hint) if "." in hint else int(hint)})  # type: ignore[arg-type]
+    Sampling(**{"temperature": 1.0, key: float(hint) if "." in hint else int(hint)})
+
+
+@pytest.mark.parametrize("temperature", [1e-309, 1e-12])
+def test_a_temperature_near_zero_takes_the_likeliest(temperature):
+    logits = torch.tensor([[1.0, 30.0, -4.0], [2.0, 1.0, 1.5]])
+    draw = torch.Generator().manual_seed(0)
+    chosen = choose(logits, Sampling(temperature=temperature), draw)
+    assert chosen.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("narrowed", [{"top_k": 4}, {"top_p": 0.5}])
+def test_what_narrows_a_draw_is_refused_where_nothing_is_drawn(narrowed):
+    with pytest.raises(RuntimeRefusal, match="none is drawn"):
+        Sampling(**narrowed)

@@ -115,6 +115,8 @@ def gather_gradients(model: nn.Module, config: Any) -> None:
     ranks = parallel_state.get_data_parallel_world_size()
     for parameter in model.parameters():
         grad = parameter.grad
+        if getattr(parameter, "shared_embedding", False):
+            torch.distributed.all_reduce(grad, group=parallel_state.get_embedding_group())
         if config.sequence_parallel and getattr(parameter, "sequence_parallel", False):
             torch.distributed.all_reduce(
                 grad, group=parallel_state.get_tensor_model_parallel_group()
@@ -184,6 +186,14 @@ def assert_near_by_key(first: dict[str, Any], second: dict[str, Any]) -> None:
 
 PLAIN = {"multi_latent_attention": False, "num_query_groups": 2}
 SHARED = {"m2rnn_num_qk_heads": 2}
+AUTHOR = {
+    "mamba_lane": "author",
+    "author_mamba_num_heads": 4,
+    "author_mamba_head_dim": 6,
+    "author_mamba_state_dim": 16,
+    "author_mamba_mimo_rank": 2,
+    "author_mamba_chunk_size": 4,
+}
 
 
 @pytest.mark.parametrize(
@@ -193,6 +203,16 @@ SHARED = {"m2rnn_num_qk_heads": 2}
 )
 def test_two_tensor_ranks_compute_what_one_process_does(tmp_path, pattern, changes):
     compare(tmp_path, (pattern, ONE), (pattern, TENSOR), **changes)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("layout", [TENSOR, {"tensor_model_parallel_size": 2}], ids=["sp", "tp"])
+def test_tensor_ranks_of_mamba_3_compute_what_one_process_does(tmp_path, rank, layout):
+    compare(tmp_path, ("MM", ONE), ("MM", layout), **{**AUTHOR, "author_mamba_mimo_rank": rank})
+
+
+def test_a_mamba_3_checkpoint_moves_from_tensor_ranks_to_pipeline_stages(tmp_path):
+    compare(tmp_path, ("MRM", TENSOR), ("M|RM", PIPELINE), **AUTHOR)
 
 
 def test_tensor_ranks_without_sequence_parallelism_compute_what_one_process_does(tmp_path):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from typing import Any
 
 import pytest
-import torch
 from megatron.core.extensions import transformer_engine_spec_provider as engine_provider
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.models.backends import LocalSpecProvider
@@ -16,7 +14,6 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megacpp_nemo.contract.errors import RecipeError, RuntimeRefusal
-from megacpp_nemo.host import compat
 from megacpp_nemo.model.attention import GroupedAttention, LatentAttention, LatentDotProduct
 from megacpp_nemo.model.experts import ExpertsLayer
 from megacpp_nemo.model.mamba import FusedMambaMixer, PortableMambaMixer
@@ -25,32 +22,13 @@ from megacpp_nemo.model.recurrent import RecurrentMixer
 from megacpp_nemo.model.specs import Backend, hybrid_stack_spec
 from megacpp_nemo.model.stack import HybridStack
 from tests.model.building import small_config
-
-KERNELS = ("mamba_ssm", "causal_conv1d")
-
-
-@pytest.fixture
-def machine(monkeypatch):
-    """Return a function that makes this machine look like another."""
-    find_spec = importlib.util.find_spec
-
-    def pretend(*, kernels: tuple[str, ...] = KERNELS, cuda: bool = True, engine: bool = True):
-        def find(name: str, package: str | None = None) -> Any:
-            if name in KERNELS:
-                return object() if name in kernels else None
-            return find_spec(name, package)
-
-        monkeypatch.setattr(importlib.util, "find_spec", find)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-        monkeypatch.setattr(compat, "transformer_engine_available", lambda: engine)
-
-    return pretend
+from tests.model.conftest import KERNELS
 
 
 @pytest.mark.parametrize("path", ["auto", "fused"])
 def test_a_cuda_machine_with_the_kernels_runs_the_fused_mixer(machine, path):
     machine()
-    assert Backend.probe(path) == Backend(transformer_engine=True, fused_mamba=True)
+    assert Backend.probe(path) == Backend(transformer_engine=True, mamba="fused")
 
 
 @pytest.mark.parametrize(
@@ -64,7 +42,7 @@ def test_a_cuda_machine_with_the_kernels_runs_the_fused_mixer(machine, path):
 )
 def test_a_machine_that_lacks_anything_runs_the_portable_mixer(machine, lacking):
     machine(**lacking)
-    assert not Backend.probe().fused_mamba
+    assert Backend.probe().mamba != "fused"
 
 
 @pytest.mark.parametrize(
@@ -86,7 +64,7 @@ def test_the_fused_mixer_demanded_in_vain_is_refused_by_what_is_missing(machine,
 
 def test_the_portable_mixer_can_be_demanded_where_kernels_are(machine):
     machine()
-    assert Backend.probe("portable") == Backend(transformer_engine=True, fused_mamba=False)
+    assert Backend.probe("portable") == Backend(transformer_engine=True, mamba="portable")
 
 
 @pytest.mark.parametrize("engine", [False, True])
@@ -103,7 +81,7 @@ def test_this_machine_is_probed_if_no_backend_is_given(machine):
 
 @pytest.mark.parametrize("path", ["fast", "", "Fused mixer"])
 def test_an_unknown_path_is_refused_with_the_known_ones(path):
-    with pytest.raises(RecipeError, match=r"allowed: auto, fused, portable"):
+    with pytest.raises(RecipeError, match=r"allowed: auto, fused, split, portable"):
         small_config(mamba_path=path)
 
 
@@ -118,14 +96,14 @@ def test_an_unknown_path_is_refused_with_the_known_ones(path):
 def test_the_choice_is_in_the_log(machine, caplog, engine, fused, words):
     machine(kernels=KERNELS if fused else (), engine=engine)
     with caplog.at_level(logging.INFO, logger="megacpp_nemo.model.specs"):
-        hybrid_stack_spec(small_config())
+        hybrid_stack_spec(small_config(reset_state=False))
     assert words in caplog.text
 
 
 # --- what is chosen -------------------------------------------------------------------------
 
-LOCAL = Backend(transformer_engine=False, fused_mamba=False)
-ENGINE = Backend(transformer_engine=True, fused_mamba=True)
+LOCAL = Backend(transformer_engine=False, mamba="portable")
+ENGINE = Backend(transformer_engine=True, mamba="fused")
 
 
 @pytest.fixture

@@ -136,7 +136,7 @@ def test_layers_of_a_stage_have_their_global_numbers(pattern, rank, numbers):
             assert layer.mlp.router.layer_number == layer.layer_number
 
 
-@pytest.mark.parametrize(("letter", "name"), [("D", "sparse_attention"), ("G", "gated_delta_net")])
+@pytest.mark.parametrize(("letter", "name"), [("G", "gated_delta_net")])
 def test_a_family_without_a_layer_is_refused_by_name(letter, name):
     with pytest.raises(RuntimeRefusal, match=f"family {name}[\\s\\S]*A \\(attention\\)"):
         build_stack(small_config("AM"), f"A{letter}")
@@ -175,9 +175,9 @@ def fp8_contexts(monkeypatch) -> list[tuple[int, bool]]:
         entered.append((layer_no, is_init))
         return nullcontext()
 
-    local = Backend(transformer_engine=False, fused_mamba=False)
+    local = Backend(transformer_engine=False, mamba="portable")
     monkeypatch.setattr(compat, "transformer_engine_available", lambda: True)
-    monkeypatch.setattr(Backend, "probe", lambda path: local)
+    monkeypatch.setattr(Backend, "probe", lambda *args, **kwargs: local)
     monkeypatch.setattr(stack, "get_fp8_context", enter)
     monkeypatch.setattr(experts, "get_fp8_context", enter)
     monkeypatch.setattr(mamba_block, "get_fp8_context", enter)

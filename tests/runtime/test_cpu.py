@@ -10,6 +10,7 @@ import torch
 
 from megacpp_nemo.host.cpu import CpuRuntime
 from megacpp_nemo.host.patching import Patches
+from tests.support.processes import in_processes
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the CPU runtime is for machines without CUDA"
@@ -93,6 +94,30 @@ def test_the_dispatcher_gets_arrays_where_it_asks_for_them(runtime: CpuRuntime) 
     assert token_dispatcher.maybe_move_tensor_to_cpu(tensor) is tensor
     assert isinstance(token_dispatcher.maybe_move_tensor_to_cpu(tensor, as_numpy=True), np.ndarray)
     assert token_dispatcher.maybe_move_tensor_to_cpu(None, as_numpy=True) is None
+
+
+def gathered() -> tuple[list[float], int]:
+    """Return what a coalesced gather holds before it is waited for, and what is not finished."""
+    import torch.distributed as dist
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    dist.init_process_group("gloo")
+    runtime = CpuRuntime()
+    runtime.install()
+    try:
+        whole = torch.zeros(4)
+        own = torch.full((2,), 1.0 + dist.get_rank())
+        with buffers._coalescing_manager(dist.group.WORLD, async_ops=True) as manager:
+            buffers.dist_all_gather_func(whole, own, group=dist.group.WORLD, async_op=True)
+        return whole.tolist(), len(manager.works)
+    finally:
+        runtime.uninstall()
+        dist.destroy_process_group()
+
+
+@pytest.mark.two_process
+def test_coalesced_gathers_are_finished_at_once() -> None:
+    assert in_processes(gathered, ranks=2) == [([1.0, 1.0, 2.0, 2.0], 0)] * 2
 
 
 def test_uninstalling_puts_every_name_back() -> None:

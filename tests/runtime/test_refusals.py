@@ -14,9 +14,6 @@ from tests.support.training import configure, small_recipe, train
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model.mtp.num_layers": 1}, r"multi-token prediction \(MTP\)"),
-        ({"sparse_attention": True}, r"sparse attention \(DSA\)"),
-        ({"features.mamba": "author"}, "Mamba-3"),
         ({"ngram_hash": True}, "n-gram memory"),
         ({"features.structure": "core"}, "code-structure channels"),
         ({"precision": "fp8_experts"}, "FP8 without Transformer Engine"),

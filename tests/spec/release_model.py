@@ -27,6 +27,14 @@ RECURRENT = (
     "recurrent.num_heads=4,recurrent.num_qk_heads=1,recurrent.key_dim=6,"
     "recurrent.value_dim=4,recurrent.conv_width=4,recurrent.state_gradient_clip=1.0"
 )
+SPARSE = (
+    "sparse_attention.indexer_num_heads=2,sparse_attention.indexer_head_dim=16,"
+    "sparse_attention.indexer_topk=4,sparse_attention.indexer_loss_coeff=0.01"
+)
+AUTHOR_MAMBA = (
+    "author_mamba.num_heads=4,author_mamba.head_dim=6,author_mamba.state_dim=8,"
+    "author_mamba.mimo_rank=2,author_mamba.chunk_size=4"
+)
 _MARK = "built: "
 
 

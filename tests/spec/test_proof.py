@@ -82,8 +82,11 @@ def test_a_full_size_model_is_proven_without_memory_for_its_weights():
         {**ALL_NATIVE, "features.experts": False},
         {"pattern": "AEMR", "model.latent.layernorm": True},
         {"pattern": "EMR", "model.experts.activation": "squared_relu"},
+        {"pattern": "AEMR", "features.mamba": "author"},
+        {"pattern": "AEMR", "features.sparse_attention": True},
+        {"pattern": "DEMR", "model.latent.layernorm": True},
     ],
-    ids=["all native", "dense", "latent norms", "squared relu"],
+    ids=["all native", "dense", "latent norms", "squared relu", "Mamba-3", "DSA", "written DSA"],
 )
 def test_other_models_are_proven_too(changes):
     subject = tiny(**changes)
@@ -187,7 +190,8 @@ def both_lanes(subject: Any) -> dict[str, Any]:
 
     import fiddle
 
-    from megacpp_nemo.model.lowered import LoweredModel, one_process
+    from megacpp_nemo.host.groups import one_process
+    from megacpp_nemo.model.lowered import LoweredModel
     from megacpp_nemo.recipes.build import to_nemo
 
     described = LoweredModel.of(lower(subject), "0.16.1")

@@ -29,6 +29,7 @@ NATIVE = {
 ALONE: dict[str, dict[str, Any]] = {
     "mla": {"latent_attention": True},
     "mamba-kernel-shape": {"mamba.conv_width": 3},
+    "mamba-path": {"mamba_path": "portable"},
     "author-mamba": {"features.mamba": "author"},
     "m2rnn": {"pattern": "AEMEAEMEAEMR"},
     "fp8-experts": {"precision": "fp8"},

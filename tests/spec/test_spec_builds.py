@@ -10,15 +10,17 @@ from megatron.core.transformer.spec_utils import import_module
 
 from megacpp_nemo.lowering.spec_name import SPEC_MODULE
 from tests.spec import release_model
-from tests.spec.release_model import RECURRENT
+from tests.spec.release_model import AUTHOR_MAMBA, RECURRENT, SPARSE
 from tests.support.processes import RankError, in_process
 
 LATENT = ("TransformerLayer", "LatentAttention")
+SPARSE_LATENT = ("TransformerLayer", "SparseLatentAttention")
 MLA = ("TransformerLayer", "MLASelfAttention")
 PLAIN = ("TransformerLayer", "SelfAttention")
 EXPERTS = ("MoETransformerLayer", "MoELayer")
 DENSE = ("MLPLayer", "MLP")
 MAMBA = ("MambaLayer", "PortableMambaMixer")
+MAMBA_3 = ("MambaLayer", "AuthorMambaMixer")
 M2RNN = ("MambaLayer", "RecurrentMixer")
 DSA = {"0.18.2": MLA}
 ABSORBED = ("TransformerLayer", "AbsorbedMLASelfAttention")
@@ -60,6 +62,12 @@ def test_custom_layers_ride_on_the_slots_of_the_pattern():
     check_run(found)
 
 
+def test_dense_and_sparse_attention_ride_on_one_slot():
+    found = built(pattern="*M*M", name=f"layers=LmDR,{RECURRENT},{SPARSE}")
+    assert kinds(found["layers"]) == [LATENT, MAMBA, SPARSE_LATENT, M2RNN]
+    check_run(found)
+
+
 def test_a_slot_holds_native_and_custom_layers_at_once():
     found = built(
         pattern="*-MMM",
@@ -69,6 +77,12 @@ def test_a_slot_holds_native_and_custom_layers_at_once():
         moe_ffn_hidden_size=None,
     )
     assert kinds(found["layers"]) == [PLAIN, DENSE, MAMBA, MAMBA, M2RNN]
+    check_run(found)
+
+
+def test_the_authored_mamba_stands_beside_the_native_one():
+    found = built(pattern="*MMM", name=f"layers=LNmN,{AUTHOR_MAMBA}")
+    assert kinds(found["layers"]) == [LATENT, MAMBA_3, MAMBA, MAMBA_3]
     check_run(found)
 
 
@@ -128,6 +142,15 @@ def on(on_release: Any, release: str, **arguments: Any) -> dict[str, Any]:
 def test_every_release_builds_and_runs_the_four_families(on_release, release):
     found = on(on_release, release, pattern="*EMM", name=f"layers=LemR,{RECURRENT}")
     assert kinds(found["layers"]) == [LATENT, EXPERTS, MAMBA, M2RNN]
+    check_run(found)
+
+
+@pytest.mark.megatron_source
+@pytest.mark.parametrize(("release", "slot"), [("0.16.1", "*"), ("0.17.1", "*"), ("0.18.2", "D")])
+def test_sparse_attention_runs_on_releases_that_lack_it_or_its_norms(on_release, release, slot):
+    name = f"layers=DemR,{RECURRENT},{SPARSE}"
+    found = on(on_release, release, pattern=f"{slot}EMM", name=name, qk_layernorm=True)
+    assert kinds(found["layers"]) == [SPARSE_LATENT, EXPERTS, MAMBA, M2RNN]
     check_run(found)
 
 

@@ -47,8 +47,8 @@ def test_a_wrong_name_is_said_to_be_wrong_and_not_missing(name):
 @pytest.mark.parametrize(
     ("name", "said", "off"),
     [
-        ("layers=Dem", "sparse attention", "features.sparse_attention=false"),
-        ("layers=N", "Mamba-3", "features.mamba=native"),
+        ("layers=Dem", "need model.sparse_attention.indexer_topk", "indexer_topk=VALUE"),
+        ("layers=N", "need model.author_mamba.mimo_rank", "author_mamba.mimo_rank=VALUE"),
         ("layers=E", "experts of this package", "a small 'e'"),
         ("layers=m,features.ngram_hash=true", "n-gram", "features.ngram_hash=false"),
         ("layers=m,features.structure=core", "structure", "features.structure=null"),
@@ -83,11 +83,11 @@ def test_what_nobody_would_carry_out_is_refused(name, said, off):
 def test_one_refusal_names_everything_and_not_the_shapes_of_what_is_refused():
     with pytest.raises(RuntimeRefusal) as refusal:
         resolve(
-            "layers=DNm,author_mamba.num_heads=4,embedding.ngram.orders=2+3,"
+            "layers=Em,embedding.ngram.orders=2+3,"
             "features.ngram_hash=true,features.reset_state=true,mtp.num_layers=1,mtp.pattern=AE"
         )
-    assert len(refusal.value.what.splitlines()) == 1 + 5
-    assert refusal.value.hint.count("=") == 5
+    assert len(refusal.value.what.splitlines()) == 1 + 4
+    assert refusal.value.hint.count("=") == 3
 
 
 def test_a_lever_is_refused_once_however_it_is_turned_on_and_whatever_shapes_it():

@@ -91,6 +91,9 @@ def _features(draw: st.DrawFn, changes: dict[str, Any]) -> dict[str, Any]:
         "features.latent_attention": latent,
         "features.sparse_attention": sparse,
         "features.mamba": draw(st.sampled_from(("native", "native", "author"))),
+        "features.mamba_path": draw(
+            st.sampled_from(("auto", "auto", "auto", "auto", "fused", "portable"))
+        ),
         "features.ngram_hash": draw(st.booleans()),
         "features.structure": draw(st.sampled_from((None, None, "core", "all"))),
         "features.kernels": draw(st.sampled_from(("required", "available"))),
@@ -206,6 +209,7 @@ WORDS: dict[str, tuple[Any, ...]] = {
     "model.experts.activation": ("swiglu", "gelu", "squared_relu"),
     "model.mtp.pattern": ("AE", "M"),
     "features.mamba": ("author", "native"),
+    "features.mamba_path": ("portable", "auto"),
     "features.structure": ("core", None),
     "features.kernels": ("available", "required"),
     "files.data_path": (("/data/other",), ()),
