@@ -41,7 +41,7 @@ def seconds(way: Way, given: dict[str, Tensor]) -> float:
 
 def peak_bytes(way: Way, given: dict[str, Tensor]) -> int:
     """Return the most memory for tensors that a way takes at once, beside the inputs."""
-    if given["v"].is_cuda:
+    if next(iter(given.values())).is_cuda:
         wait()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
