@@ -89,14 +89,18 @@ def check_same_device(**named: Tensor | None) -> None:
         )
 
 
+def document_starts(document_ids: Tensor) -> Tensor:
+    """Return `[batch, seq]`, true where a document begins behind another one of its row."""
+    return functional.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))
+
+
 def document_index(document_ids: Tensor) -> Tensor:
     """Number the documents of each row 0, 1, 2, ... in order of appearance.
 
     Ids [batch, seq] may repeat (0, 0, 1, 0 holds three documents), so operators compare these
     running numbers, never the ids themselves.
     """
-    starts = document_ids[:, 1:] != document_ids[:, :-1]
-    return functional.pad(starts.cumsum(1), (1, 0))
+    return document_starts(document_ids).cumsum(1)
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

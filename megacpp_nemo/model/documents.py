@@ -10,6 +10,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megacpp_nemo.contract.errors import RuntimeRefusal
+from megacpp_nemo.model.arguments import document_index
 
 
 @dataclass
@@ -44,9 +45,7 @@ class DocumentBoundaries(PackedSeqParams):
         """
         ids = self.document_ids
         assert ids is not None
-        begins = torch.zeros_like(ids, dtype=torch.int32)
-        begins[:, 1:] = (ids[:, 1:] != ids[:, :-1]).int()
-        return begins.cumsum(1, dtype=torch.int32)
+        return document_index(ids).int()
 
     def attention_mask(self) -> Tensor:
         """Return `[batch, 1, seq, seq]`, true where a query must not see a key.

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from megacpp_nemo.model.arguments import document_starts
 from megacpp_nemo.model.m2rnn_build import BuildError, library
 
 # Most rows of a state that the C code works on at once, and the columns of a tile of W's gradient.
@@ -89,8 +90,7 @@ def scan(
     state = v.new_zeros(batch, heads, K, V) if initial_state is None else initial_state
     starts = None
     if document_ids is not None:
-        starts = functional.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0))
-        starts = starts.to(torch.uint8).contiguous()
+        starts = document_starts(document_ids).to(torch.uint8)
     missing = -K % LANES
     queries, keys = (functional.pad(t.float(), (0, missing)).contiguous() for t in (q, k))
     y, final = CompiledScan.apply(  # type: ignore[no-untyped-call]

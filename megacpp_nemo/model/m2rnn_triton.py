@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megacpp_nemo.model import m2rnn_triton_kernels as kernels
+from megacpp_nemo.model.arguments import document_starts
 
 # Triton's dot takes no matrix narrower than this.
 NARROWEST = 16
@@ -98,8 +99,7 @@ def scan(
     """Run `m2rnn_scan` by the kernels; the arguments have been checked."""
     starts = None
     if document_ids is not None:
-        starts = torch.zeros_like(document_ids, dtype=torch.uint8)
-        starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+        starts = document_starts(document_ids).to(torch.uint8)
     arguments = (q, k, v, f, W, initial_state, starts, state_gradient_clip, chunk_size)
     return TritonScan.apply(*arguments)  # type: ignore[no-untyped-call]
 

@@ -21,6 +21,7 @@ from megacpp_nemo.model.arguments import (
     check_shared,
     compute_dtype,
     document_index,
+    document_starts,
 )
 
 
@@ -115,7 +116,7 @@ def prepare(
     last, starts = (1 - weight) * steps, None
     if document_ids is not None:
         document = document_index(document_ids)
-        starts = functional.pad(document[:, 1:] != document[:, :-1], (1, 0))
+        starts = document_starts(document)
         last = last.masked_fill(starts.unsqueeze(-1), 0.0)
     turns = torch.tanh(angles.to(dtype)).unsqueeze(2) * (steps * math.pi).unsqueeze(-1)
     return Prepared(

@@ -7,6 +7,8 @@ leaves. Kernels are imported when they are first called.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -21,9 +23,14 @@ class SplitMambaMixer(PortableMambaMixer):
     Its arguments are `PortableMambaMixer`'s.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Packages are looked for once, not in every forward pass.
+        self.kernel_convolves = kernel_convolution(self.d_conv)
+
     def convolve(self, channels: Tensor, documents: Tensor | None) -> Tensor:
         """Return SiLU of the causal convolution of `channels` `[batch, seq, channels]`."""
-        if not kernel_convolution(self.d_conv):
+        if not self.kernel_convolves:
             return super().convolve(channels, documents)
         return conv_kernel(self.conv1d, channels, documents)
 

@@ -188,3 +188,10 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> No
     scale = expected.abs().max().item()
     worst = (actual.to(expected.dtype) - expected).abs().max().item()
     assert worst <= tolerance * scale, f"differs by {worst / scale:.1e} of the largest entry"
+
+
+def mixer_inputs(seq: int, batch: int = 2, hidden: int = 32) -> tuple[Tensor, Tensor]:
+    """Return hidden states and a weight for each output, which makes the loss a sum."""
+    draw = torch.Generator().manual_seed(seq)
+    states = torch.randn((seq, batch, hidden), generator=draw).requires_grad_()
+    return states, torch.randn((seq, batch, hidden), generator=draw)

@@ -15,6 +15,7 @@ from megacpp_nemo.contract.mixers import AuthorMambaShape
 from megacpp_nemo.model import author_mamba, mamba3_kernels
 from megacpp_nemo.model.generation_state import GenerationState
 from tests.model.building import assert_near, boundaries_of, build_mixer, small_config
+from tests.model.building import mixer_inputs as inputs
 from tests.model.mamba3_loop import STATE, loop
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -83,13 +84,6 @@ def document_reference(rank: int, own: dict[str, Tensor], x: Tensor) -> Tensor:
     }
     y, _ = loop(inputs)
     return y[0].flatten(1) @ own["out_proj.weight"].T
-
-
-def inputs(seq: int, batch: int = 2, hidden: int = 32) -> tuple[Tensor, Tensor]:
-    """Return hidden states and a weight for each output, which makes the loss a sum."""
-    draw = torch.Generator().manual_seed(seq)
-    states = torch.randn((seq, batch, hidden), generator=draw).requires_grad_()
-    return states, torch.randn((seq, batch, hidden), generator=draw)
 
 
 LAYOUTS = {

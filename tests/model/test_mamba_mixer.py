@@ -19,6 +19,7 @@ from tests.model.building import (
     shaken,
     small_config,
 )
+from tests.model.building import mixer_inputs as inputs
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -71,13 +72,6 @@ def document_reference(config, own: dict[str, Tensor], x: Tensor) -> list[Tensor
         normal = gated / torch.sqrt((gated**2).mean(1, keepdim=True) + 1e-5)
         outputs.append(own["out_proj.weight"] @ (normal.flatten() * own["norm.weight"]))
     return outputs
-
-
-def inputs(seq: int, batch: int = 2, hidden: int = 32) -> tuple[Tensor, Tensor]:
-    """Return hidden states and a weight for each output, which makes the loss a sum."""
-    draw = torch.Generator().manual_seed(seq)
-    states = torch.randn((seq, batch, hidden), generator=draw).requires_grad_()
-    return states, torch.randn((seq, batch, hidden), generator=draw)
 
 
 LAYOUTS = {
