@@ -17,7 +17,7 @@ And of the indexer: scores, loss and gradients by autograd over all heads at onc
 one head at a time (`by_head`). Times are medians of processor time, which other work on the
 machine disturbs least; beside them stands the memory that is kept for the backward pass.
 
-Writes `benchmarks/results/sparse_attention.json`.
+Writes `benchmarks/results/sparse_attention.json` and `sparse_attention.md`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from sparse_attention_page import RESULTS, write
 from torch import Tensor
 from torch.nn import functional
 
@@ -46,7 +46,6 @@ from megacpp_nemo.model.indexer import (
     select,
 )
 
-RESULTS = Path(__file__).parent / "results" / "sparse_attention.json"
 LENGTHS, TOPKS = (512, 1024, 2048, 4096), (64, 256)
 HEADS, CONTENT, ROTATED, VALUES, LATENT = 4, 32, 16, 32, 32
 INDEX_HEADS, INDEX_WIDTH = 2, 16
@@ -267,6 +266,7 @@ def main() -> None:
         "indexer": indexer_rows(repeats, device),
     }
     RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    print(write(results))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ from megacpp_nemo.host.progress import RunProgress, RunSummary
 from megacpp_nemo.host.schedule import CosineSchedule
 from megacpp_nemo.host.strategy import HybridStrategy
 from megacpp_nemo.lowering.table import carried
-from megacpp_nemo.model.config import HybridConfig, HybridModel
+from megacpp_nemo.model.config import HybridConfig
+from megacpp_nemo.model.module import HybridModel
 
 CORPORA = {"sources": CppDataModule, "indexed": IndexedDataModule}
 ACTIVATIONS = {"gelu": F.gelu, "squared_relu": squared_relu, "swiglu": F.silu}

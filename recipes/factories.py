@@ -48,7 +48,10 @@ PARTS: dict[str, type] = {
 START = """
     checkpoint: Folder 'step=N' of a run.
     tokenizer_dir: Tokenizer; the one in the
-        checkpoint if not given."""
+        checkpoint if not given.
+    fresh_indexers: Sparse attention from a
+        dense checkpoint, which has no
+        indexers."""
 WHAT = """
     mode: nemo_native (TP 2, Megatron's
         Mamba) or author_dp (data parallel,
@@ -97,6 +100,7 @@ def _finetune(name: str) -> Callable[..., run.Partial]:
         tokenizer_dir: Optional[str] = None,
         mode: str = "nemo_native",
         log_dir: Optional[str] = None,
+        fresh_indexers: bool = False,
         **changes: Any,
     ) -> run.Partial:
         return to_finetune(
@@ -104,6 +108,7 @@ def _finetune(name: str) -> Callable[..., run.Partial]:
             checkpoint=checkpoint,
             tokenizer_dir=tokenizer_dir,
             log_dir=log_dir,
+            fresh_indexers=fresh_indexers,
         )
 
     what = f"{describe(name)}; from the weights and the tokenizer of a checkpoint."

@@ -6,6 +6,7 @@ configuration (`model.yaml`) and a copy of its tokenizer (`tokenizer/`).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import yaml
 from nemo import lightning as nl
 from nemo.collections import llm
 
-from megacpp_nemo.contract import HybridRecipe, LayerPattern, RecipeError
+from megacpp_nemo.contract import BlockFamily, HybridRecipe, LayerPattern, RecipeError
 from megacpp_nemo.host.checkpoint_folder import is_complete, newest_checkpoint
+from megacpp_nemo.host.warm_start import FreshIndexers
 from megacpp_nemo.lowering.table import CONFIG, ROWS, Row
 from megacpp_nemo.recipes.build import to_nemo
 
@@ -38,7 +40,11 @@ FREE = (
     "precision",
     "features.reset_state",
     "features.reset_attention_mask",
+    # Compared by the layers that are sparse.
+    "features.sparse_attention",
+    "model.sparse_attention.a_ranks",
 )
+INDEXERS = ("model.sparse_attention.indexer_num_heads", "model.sparse_attention.indexer_head_dim")
 
 
 def to_finetune(
@@ -47,6 +53,7 @@ def to_finetune(
     checkpoint: str | Path | None,
     tokenizer_dir: str | Path | None = None,
     log_dir: str | Path | None = None,
+    fresh_indexers: bool = False,
 ) -> run.Partial:
     """Return a `run.Partial` of `llm.finetune` that starts from a checkpoint.
 
@@ -59,20 +66,21 @@ def to_finetune(
         checkpoint: Folder `step=N` of a run.
         tokenizer_dir: Folder of the tokenizer; the copy in the checkpoint if not given.
         log_dir: Folder of this run; `runs/NAME_finetune` if not given.
+        fresh_indexers: Let sparse attention (DSA) start from dense: indexers that the checkpoint
+            does not have are drawn anew, and named in the log.
 
     Raises:
         RecipeError: If there is no complete checkpoint, it is of another model, or it has no
             tokenizer and none is given.
     """
     folder = _complete(checkpoint)
-    _check_same_model(recipe, folder)
+    _check_same_model(recipe, folder, fresh_indexers)
     base = to_nemo(recipe, log_dir=str(log_dir or f"runs/{recipe.name}_finetune"))
     base.data.tokenizer_dir = str(tokenizer_dir or _own_tokenizer(folder))
     parts = {part: getattr(base, part) for part in ("model", "trainer", "data", "optim", "log")}
     # The data encodes with the tokenizer; the model takes it from there.
-    base.resume.restore_config = run.Config(
-        nl.RestoreConfig, path=str(folder), load_artifacts=False
-    )
+    restore = FreshIndexers if fresh_indexers else nl.RestoreConfig
+    base.resume.restore_config = run.Config(restore, path=str(folder), load_artifacts=False)
     return run.Partial(llm.finetune, **parts, resume=base.resume, tokenizer="data")
 
 
@@ -104,18 +112,23 @@ def _own_tokenizer(checkpoint: Path) -> Path:
     return folder
 
 
-def _check_same_model(recipe: HybridRecipe, checkpoint: Path) -> None:
+def _check_same_model(recipe: HybridRecipe, checkpoint: Path, fresh_indexers: bool) -> None:
     """Refuse a checkpoint whose weights do not fit the recipe's model."""
     text = (checkpoint / "context" / "model.yaml").read_text(encoding="utf-8")
     saved = yaml.safe_load(text)["config"]
     pattern = LayerPattern.parse(saved["hybrid_override_pattern"]).tile(saved["num_layers"])
+    ranks = recipe.model.sparse_attention.a_ranks if recipe.features.sparse_attention else ()
+    mine, theirs = _sparse(recipe.layers, ranks), _sparse(pattern, saved.get("dsa_a_ranks") or ())
+    free = () if theirs else INDEXERS
     other = [
-        (row.field, mine, saved[name])
-        for row, name, mine in _model_settings(recipe)
-        if name in saved and _plain(mine) != _plain(saved[name])
+        (row.field, value, saved[name])
+        for row, name, value in _model_settings(recipe)
+        if name in saved and row.field not in free and _plain(value) != _plain(saved[name])
     ]
-    if pattern.layers != recipe.layers.layers:
+    if _dense(pattern) != _dense(recipe.layers):
         other.append(("layers", str(recipe.layers), str(pattern)))
+    elif theirs - mine:
+        other.append(("sparse layers", sorted(mine), sorted(theirs)))
     if other:
         raise RecipeError(
             "The checkpoint is of another model",
@@ -123,6 +136,25 @@ def _check_same_model(recipe: HybridRecipe, checkpoint: Path) -> None:
             allowed=", ".join(f"{field}={theirs!r}" for field, _, theirs in other),
             hint="the recipe and the changes that the checkpoint was trained with",
         )
+    if mine - theirs and not fresh_indexers:
+        raise RecipeError(
+            "The checkpoint has no indexers for some layers of sparse attention",
+            given=f"sparse layers {sorted(mine)}, of which it has {sorted(theirs)}",
+            allowed="the sparse layers of the checkpoint, or indexers that are drawn anew",
+            hint="fresh_indexers=True",
+        )
+
+
+def _sparse(layers: LayerPattern, ranks: Iterable[int]) -> set[int]:
+    """Return the 1-based numbers of the sparse layers: those written D, and A of these ranks."""
+    by_rank = layers.a_ranks()
+    return {*layers.layer_numbers(BlockFamily.SPARSE_ATTENTION), *(by_rank[r] for r in ranks)}
+
+
+def _dense(layers: LayerPattern) -> tuple[BlockFamily, ...]:
+    """Return the families with sparse attention as what it has its weights' names from."""
+    sparse, dense = BlockFamily.SPARSE_ATTENTION, BlockFamily.ATTENTION
+    return tuple(dense if family is sparse else family for family in layers.layers)
 
 
 def _model_settings(recipe: HybridRecipe) -> list[tuple[Row, str, Any]]:

@@ -7,16 +7,15 @@ model, the same on every rank and in every layout.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from megatron.core import parallel_state
 from torch import nn
 
 from megacpp_nemo.contract.errors import RecipeError, RuntimeRefusal
-from megacpp_nemo.contract.pattern import BlockFamily
+from megacpp_nemo.contract.pattern import BlockFamily, LayerPattern
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +25,8 @@ class Mlp:
     Args:
         name: `decoder.layers.1.mlp.experts.3`, `decoder.layers.1.mlp.shared_experts` or
             `decoder.layers.1.mlp`; layers and experts from 0.
-        layer: 1-based layer number.
+        layer: Its layer, `decoder.layers.1` or, in a prediction depth,
+            `mtp.layers.0.mtp_model_layer.layers.1`.
         expert: 0-based routed expert; None for a shared or dense MLP.
         units: Width of its hidden activation.
         first: Units of the MLPs before it.
@@ -34,7 +34,7 @@ class Mlp:
     """
 
     name: str
-    layer: int
+    layer: str
     expert: int | None
     units: int
     first: int
@@ -94,16 +94,19 @@ def mlps_of(config: Any, layers: Sequence[int] = ()) -> tuple[Mlp, ...]:
 
     Args:
         config: The configuration; nothing of the layout over processes matters.
-        layers: 1-based numbers of the layers; empty for all that have MLPs.
+        layers: 1-based numbers of the layers; empty for all that have MLPs, those of the
+            prediction depths among them, which have no numbers.
 
     Raises:
         RecipeError: If one of the layers has none, or no layer has.
     """
-    families = enumerate(config.layers.layers, 1)
-    there = [number for number, family in families if family is BlockFamily.EXPERTS]
+    there = _numbers(config.layers)
     chosen = sorted(set(layers)) or there
+    names = [f"decoder.layers.{number - 1}" for number in chosen]
+    if not layers:
+        names += _depth_layers(config)
     missing = sorted(set(chosen) - set(there))
-    if missing or not chosen:
+    if missing or not names:
         kept = tuple(number for number in chosen if number in there)
         raise RecipeError(
             "A layer has no MLP whose units could be recycled",
@@ -113,14 +116,30 @@ def mlps_of(config: Any, layers: Sequence[int] = ()) -> tuple[Mlp, ...]:
         )
     found: list[Mlp] = []
     first = 0
-    for layer in chosen:
+    for layer in names:
         for ending, expert, units, width in _kinds(config):
-            name = f"decoder.layers.{layer - 1}.{ending}"
+            name = f"{layer}.{ending}"
             found.append(
                 Mlp(name=name, layer=layer, expert=expert, units=units, first=first, width=width)
             )
             first += units
     return tuple(found)
+
+
+def _numbers(pattern: LayerPattern) -> list[int]:
+    """Return the 1-based numbers of a pattern's expert layers."""
+    layers = enumerate(pattern, 1)
+    return [number for number, family in layers if family is BlockFamily.EXPERTS]
+
+
+def _depth_layers(config: Any) -> list[str]:
+    """Return the names of the prediction depths' expert layers."""
+    places = _numbers(LayerPattern.parse(config.mtp_pattern))
+    return [
+        f"mtp.layers.{depth}.mtp_model_layer.layers.{place - 1}"
+        for depth in range(config.mtp_num_layers or 0)
+        for place in places
+    ]
 
 
 def _kinds(config: Any) -> Iterator[tuple[str, int | None, int, int]]:
@@ -147,19 +166,27 @@ def shares_of(models: Sequence[nn.Module], mlps: Sequence[Mlp]) -> list[Share]:
     Raises:
         RuntimeRefusal: If an MLP is not built of linear layers as Megatron's are.
     """
-    modules: dict[int, Any] = {
-        layer.layer_number: layer.mlp
+    modules: dict[str, Any] = {
+        name: layer.mlp
         for model in models
-        for layer in cast(Any, model).decoder.layers
+        for name, layer in _layers(model)
         if hasattr(layer, "mlp")
     }
     return [
         share
-        for number, of_layer in itertools.groupby(mlps, key=lambda mlp: mlp.layer)
-        if number in modules
-        for mlp in of_layer
-        if (share := _share(modules[number], mlp)) is not None
+        for mlp in mlps
+        if mlp.layer in modules
+        if (share := _share(modules[mlp.layer], mlp)) is not None
     ]
+
+
+def _layers(model: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the names and the layers of this stage, those of its prediction depths included."""
+    for layer in model.decoder.layers:
+        yield f"decoder.layers.{layer.layer_number - 1}", layer
+    for depth, own in enumerate(model.mtp.layers if hasattr(model, "mtp") else ()):
+        for place, layer in enumerate(own.mtp_model_layer.layers):
+            yield f"mtp.layers.{depth}.mtp_model_layer.layers.{place}", layer
 
 
 def _share(module: Any, mlp: Mlp) -> Share | None:

@@ -218,7 +218,7 @@ class SemanticTube:
                 "A layer ran twice in one micro-batch, and STP would count both",
                 given=f"layer {self.layers[index]}, micro-batch {micro_batch}",
                 allowed="one forward pass with gradients for each micro-batch of a step",
-                hint="no recomputation of whole layers; Megatron's schedule for every pass",
+                hint="Megatron's schedule for every pass",
             )
         self._seen.add((index, micro_batch))
 

@@ -162,7 +162,7 @@ class RedoLever(Checked):
         steps: Steps after which dormant units are recycled.
         threshold: Score up to which a unit is dormant (the paper's tau).
         decay: Share of the running mean that one step keeps.
-        layers: 1-based layer numbers; empty for all expert layers.
+        layers: 1-based layer numbers; empty for all expert layers, prediction depths' included.
     """
 
     report_interval: Count = 0

@@ -196,6 +196,14 @@ class CpuRuntime:
         # the one CPU generator.
         self._patches.set(random, "_get_cuda_rng_state", get_state)
         self._patches.set(random, "_set_cuda_rng_state", set_state)
+        recompute = random.CheckpointFunction.backward
+
+        def recompute_here(ctx: Any, *gradients: Any) -> Any:
+            # Autograd leaves the substitutions behind when it calls a backward pass.
+            with _CudaMeansCpu():
+                return recompute(ctx, *gradients)
+
+        self._patches.set(random.CheckpointFunction, "backward", staticmethod(recompute_here))
         self._patches.set(token_dispatcher, "maybe_move_tensor_to_cpu", to_host)
         together = param_and_grad_buffer._coalescing_manager
 

@@ -14,6 +14,7 @@ from nemo.lightning import megatron_init
 from nemo.lightning.pytorch.strategies import MegatronStrategy
 
 from megacpp_nemo.host import compat
+from megacpp_nemo.host.card import write_card
 from megacpp_nemo.host.console import announce, quiet_terminal
 from megacpp_nemo.host.cpu import CUDA_FUSIONS, RUNTIME
 from megacpp_nemo.host.preflight import (
@@ -23,6 +24,7 @@ from megacpp_nemo.host.preflight import (
     refuse_resume,
     refuse_unbuilt,
 )
+from megacpp_nemo.host.warm_start import FreshIndexers, without_fresh_indexers
 from megacpp_nemo.model.prediction import reduced_losses
 
 logger = logging.getLogger(__name__)
@@ -77,9 +79,16 @@ class HybridStrategy(MegatronStrategy):
         )
         super().setup(trainer)
 
-    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def load_checkpoint(
+        self, checkpoint_path: Any, selective_restore: bool = False
+    ) -> dict[str, Any]:
         """Load a checkpoint; its optimizer's step counts are checked when training starts."""
-        checkpoint = super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        if selective_restore and isinstance(self.restore_config, FreshIndexers):
+            with without_fresh_indexers(self.megatron_parallel, checkpoint_path) as fresh:
+                found = super().load_checkpoint(checkpoint_path, selective_restore)
+            found["state_dict"].update(fresh)
+            return found
+        checkpoint = super().load_checkpoint(checkpoint_path, selective_restore)
         if checkpoint.get("optimizer") and self.should_restore_optimizer_states():
             self._restored_step = checkpoint.get("global_step")
         return checkpoint
@@ -105,8 +114,10 @@ class HybridStrategy(MegatronStrategy):
         return output
 
     def on_train_start(self) -> None:
-        """Check the restored optimizer before its first step."""
+        """Check the restored optimizer before its first step, and say what run this is."""
         super().on_train_start()
+        if self.is_global_zero:
+            write_card(self.trainer, self.lightning_module.config)
         expected = getattr(self, "_restored_step", None)
         if expected is not None:
             for optimizer in self.optimizers:

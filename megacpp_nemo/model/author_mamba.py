@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.ssm.mamba_mixer import _split_tensor_factory
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -19,11 +18,6 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.utils import (
-    ensure_metadata_has_dp_cp_group,
-    make_sharded_tensors_for_checkpoint,
-    sharded_state_dict_default,
-)
 from torch import Tensor, nn
 
 from megacpp_nemo.contract.mixers import AuthorMambaShape
@@ -46,6 +40,7 @@ from megacpp_nemo.model.mamba3_kernels import (
 from megacpp_nemo.model.mamba3_parts import Mamba3State
 from megacpp_nemo.model.norms import LocalRMSNorm
 from megacpp_nemo.model.projections import in_projection, out_projection
+from megacpp_nemo.model.sharded_mixer import sharded_mixer_state
 
 DECAY_FLOOR = 1e-4
 PARTS = ("z", "x", "B", "C", "dt", "A", "trap", "angle")
@@ -249,22 +244,5 @@ class AuthorMambaMixer(MegatronModule):
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Return the parameters as sharded tensors, in_proj by its logical parts."""
-        metadata = ensure_metadata_has_dp_cp_group(metadata)
-        own: dict[str, Any] = {}
-        self._save_to_state_dict(own, "", keep_vars=True)
-        state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-            own,
-            prefix,
-            dict.fromkeys(own, 0),
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )
-        for name, module in self.named_children():
-            part = sharded_state_dict_default(
-                module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
-            )
-            state.update(part)
-        key = f"{prefix}in_proj.weight"
-        state[key] = _split_tensor_factory(state[key], self.part_sizes, list(PARTS), 0)
-        return state
+        fused = {"in_proj.weight": (PARTS, self.part_sizes)}
+        return sharded_mixer_state(self, prefix, sharded_offsets, metadata, fused=fused)

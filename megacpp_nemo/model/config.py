@@ -1,8 +1,4 @@
-"""The model as NeMo sees it: one configuration dataclass and one Lightning module.
-
-- `HybridConfig`: Megatron's configuration of the whole model, plus what is ours.
-- `HybridModel`: NeMo's Mamba model over a hybrid stack.
-"""
+"""The configuration of the whole model: Megatron's dataclass, plus what is ours."""
 
 # NeMo-Run reads these annotations to parse its command line: it resolves neither annotations
 # kept as text nor `X | Y`.
@@ -10,27 +6,24 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Optional
+from typing import Any, Optional
 
 from megatron.core import parallel_state
 from megatron.core.models.mamba import MambaModel as MegatronMambaModel
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import MLATransformerConfig
-from nemo.collections.llm.gpt.model.ssm import MambaModel, SSMConfig
-from nemo.collections.llm.utils import Config
-from nemo.lightning import OptimizerModule, get_vocab_size
-from torch import Tensor, nn
+from nemo.collections.llm.gpt.model.ssm import SSMConfig
+from nemo.lightning import get_vocab_size
 
-from megacpp_nemo.callbacks.curves import LayerCurves
 from megacpp_nemo.contract.errors import RecipeError, lookup
 from megacpp_nemo.contract.pattern import FULL_NAM56R_PATTERN, BlockFamily, LayerPattern
 from megacpp_nemo.contract.rules import check_layout, check_model
 from megacpp_nemo.contract.training import MAMBA_PATHS
-from megacpp_nemo.host import compat
-from megacpp_nemo.host.preflight import refuse_unbuilt, require_packages
+from megacpp_nemo.host.preflight import refuse_unbuilt
 from megacpp_nemo.model.hybrid import HybridMambaModel
 from megacpp_nemo.model.limits import refuse_settings
+from megacpp_nemo.model.recompute import complete_recompute
 from megacpp_nemo.model.shape import parallelism_of, shape_of
 from megacpp_nemo.model.specs import hybrid_stack_spec
 from megacpp_nemo.model.steps import hybrid_data_step, hybrid_forward_step
@@ -42,6 +35,13 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
 
     Fields of Megatron keep Megatron's names. `hybrid_override_pattern` holds our pattern
     (`AEMEAEMEAEMR`, tiled to `num_layers`), read by `HybridStack`. The defaults are NAM56R's.
+
+    `recompute_granularity="full"` recomputes whole layers of every family, prediction depths
+    included, by `recompute_method` and `recompute_num_layers` (each layer by itself if they are
+    not given). `"selective"` recomputes those `recompute_modules` that a layer has: `core_attn`
+    of A layers, `mla_up_proj` of A and D layers, `moe`, `moe_act` and `shared_experts` of expert
+    layers, `mlp` of dense E layers and, with Transformer Engine, `layernorm`. M and R layers are
+    recomputed whole or not at all.
 
     Args:
         experts: E layers are mixtures of experts; off, dense MLPs of `ffn_hidden_size`.
@@ -153,6 +153,7 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
         self.required_packages = tuple(self.required_packages)
         if not self.experts:
             self.num_moe_experts = None
+        complete_recompute(self)
         self._check()
         if not self.num_moe_experts:
             # Megatron accepts no expert width where there are no experts.
@@ -236,57 +237,3 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
 
 def _or_else(given: Optional[bool], default: Callable[[], bool]) -> bool:
     return default() if given is None else given
-
-
-class HybridModel(MambaModel):
-    """NeMo's Mamba model over a stack of attention, Mamba, expert and recurrent layers.
-
-    What its layers report of themselves (`callbacks.curves`) goes to the run's loggers.
-
-    Args:
-        config: The model's configuration.
-        optim: Optimizer and schedule.
-        tokenizer: Tokenizer; NeMo takes the data module's if not given.
-        model_transform: NeMo's hook to change the model after it is built.
-
-    Raises:
-        RuntimeRefusal: If a package the configuration requires is not installed.
-    """
-
-    def __init__(
-        self,
-        config: Annotated[Optional[HybridConfig], Config[HybridConfig]] = None,
-        optim: Optional[OptimizerModule] = None,
-        tokenizer: Any = None,
-        model_transform: Optional[Callable[[nn.Module], nn.Module]] = None,
-    ) -> None:
-        compat.install()
-        config = config or HybridConfig()
-        require_packages(config)
-        super().__init__(config, optim=optim, tokenizer=tokenizer, model_transform=model_transform)
-        self._curves: Optional[LayerCurves] = None
-
-    def forward(self, *args: Any, loss_mask: Optional[Tensor] = None, **kwargs: Any) -> Tensor:
-        """Run the model; `loss_mask` `[batch, seq]` is for multi-token prediction alone."""
-        if not self.config.mtp_num_layers:
-            return super().forward(*args, **kwargs)
-        return self.module(*args, loss_mask=loss_mask, **{"attention_mask": None, **kwargs})
-
-    def on_train_start(self) -> None:
-        """Begin to count what the layers report."""
-        self._curves = LayerCurves(self.trainer.strategy.megatron_parallel)
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        """Write what the layers report, as often as the trainer logs."""
-        trainer = self.trainer
-        every = trainer.log_every_n_steps
-        if self._curves and every and trainer.global_step % every == 0:
-            values = self._curves.values()
-            for writer in trainer.loggers:
-                writer.log_metrics(values, step=trainer.global_step)
-
-    def on_train_end(self) -> None:
-        """Count no more."""
-        if self._curves:
-            self._curves.close()
-        self._curves = None

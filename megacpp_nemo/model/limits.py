@@ -12,6 +12,7 @@ from megacpp_nemo.contract.errors import RuntimeRefusal
 from megacpp_nemo.contract.pattern import BlockFamily
 from megacpp_nemo.contract.shapes import SparseAttentionShape
 from megacpp_nemo.host.compat import transformer_engine_available
+from megacpp_nemo.model.recompute import recomputed_parts, refuse_recompute
 from megacpp_nemo.model.shape import sparse_shape_of
 
 # What is wrong, what was given, and what is allowed.
@@ -44,6 +45,7 @@ def refuse_settings(config: Any) -> None:
         _refuse_recurrent(config)
     if config.mtp_num_layers:
         _refuse_prediction(config)
+    refuse_recompute(config)
 
 
 def _refuse_fp8(config: Any) -> None:
@@ -136,9 +138,6 @@ def _indexer_reasons(config: Any, indexer: SparseAttentionShape) -> list[_Reason
     width, rotated = indexer.indexer_head_dim, config.qk_pos_emb_head_dim
     power = 1 << max(width, rotated).bit_length() - 1
     power = power if power >= max(width, rotated) else 2 * power
-    recomputed = config.recompute_granularity == "selective" and "core_attn" in (
-        config.recompute_modules or ()
-    )
     reasons: list[tuple[Any, str, str, str]] = [
         (
             config.context_parallel_size > 1,
@@ -160,7 +159,7 @@ def _indexer_reasons(config: Any, indexer: SparseAttentionShape) -> list[_Reason
             f"dsa_indexer_head_dim={power}",
         ),
         (
-            recomputed,
+            "core_attn" in recomputed_parts(config),
             "a recomputed attention core has lost what the indexer reads",
             "recompute_modules with core_attn",
             "recompute_granularity=None, or recompute_modules without core_attn",

@@ -22,7 +22,7 @@ from megacpp_nemo.lowering.releases import Release, load_release
 from megacpp_nemo.lowering.roles import Role
 from megacpp_nemo.lowering.seams import SEAMS
 from megacpp_nemo.lowering.spec_name import SPEC_MODULE, NamedLayer, SpecName
-from megacpp_nemo.model.blocks import Backend
+from megacpp_nemo.model.backend import Backend
 from megacpp_nemo.model.flags import MODEL_FLAGS, configuration
 from megacpp_nemo.model.mamba_paths import FUSED
 from megacpp_nemo.model.proof import Claim

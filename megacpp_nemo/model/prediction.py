@@ -30,7 +30,7 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor, nn
 
 from megacpp_nemo.contract.pattern import LayerPattern
-from megacpp_nemo.model.blocks import Backend
+from megacpp_nemo.model.backend import Backend
 from megacpp_nemo.model.experts import without_fp8
 from megacpp_nemo.model.stack import HybridStack, HybridStackSubmodules
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.ssm.mamba_mixer import _split_tensor_factory
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -19,11 +18,6 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.utils import (
-    ensure_metadata_has_dp_cp_group,
-    make_sharded_tensors_for_checkpoint,
-    sharded_state_dict_default,
-)
 from torch import Tensor, nn
 
 from megacpp_nemo.contract.shapes import RecurrentShape
@@ -38,6 +32,7 @@ from megacpp_nemo.model.initial import (
 from megacpp_nemo.model.m2rnn import forget_gate, m2rnn_scan
 from megacpp_nemo.model.norms import GatedRMSNorm
 from megacpp_nemo.model.projections import convolve, in_projection, out_projection
+from megacpp_nemo.model.sharded_mixer import sharded_mixer_state
 
 
 @dataclass
@@ -179,34 +174,8 @@ class RecurrentMixer(MegatronModule):
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Return the parameters as sharded tensors, the fused ones by their logical parts."""
-        metadata = ensure_metadata_has_dp_cp_group(metadata)
-        groups = {"tp_group": self.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
-        own: dict[str, Any] = {}
-        self._save_to_state_dict(own, "", keep_vars=True)
-        state = make_sharded_tensors_for_checkpoint(
-            own, prefix, dict.fromkeys(own, 0), sharded_offsets, **groups
-        )
-        for name, module in self.named_children():
-            if name == "conv1d":
-                part = make_sharded_tensors_for_checkpoint(
-                    module.state_dict(prefix="", keep_vars=True),
-                    f"{prefix}{name}.",
-                    {"weight": 0, "bias": 0},
-                    sharded_offsets,
-                    **groups,
-                )
-            else:
-                part = sharded_state_dict_default(
-                    module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
-                )
-            state.update(part)
-        self._split(state, f"{prefix}in_proj.weight", len(self.part_sizes))
-        self._split(state, f"{prefix}conv1d.weight", 3)
-        self._split(state, f"{prefix}conv1d.bias", 3)
-        return state
-
-    def _split(self, state: dict[str, Any], key: str, parts: int) -> None:
-        """Save a fused tensor as its first `parts` logical parts, so that it reshards."""
-        state[key] = _split_tensor_factory(
-            state[key], self.part_sizes[:parts], self.part_names[:parts], 0
-        )
+        names, sizes = self.part_names, self.part_sizes
+        fused = {"in_proj.weight": (names, sizes)}
+        # The convolution is over q, k and v.
+        fused |= dict.fromkeys(("conv1d.weight", "conv1d.bias"), (names[:3], sizes[:3]))
+        return sharded_mixer_state(self, prefix, sharded_offsets, metadata, fused=fused)

@@ -121,7 +121,7 @@ CORRECTIONS: tuple[Correction, ...] = (
         defect="the query latent's norm is folded into the projection behind it, and the indexer "
         "is given the latent in front of it",
         effect="scores grow with the latent, and a checkpoint of another release reads wrongly",
-        here="blocks.sparse_attention_layer: norms that stand alone",
+        here="attention_blocks.sparse_attention_layer: norms that stand alone",
         needed=_query_norm_is_fused,
     ),
     Correction(

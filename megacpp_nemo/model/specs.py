@@ -14,8 +14,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megacpp_nemo.contract.pattern import BlockFamily
 from megacpp_nemo.host import compat
-from megacpp_nemo.model import blocks
-from megacpp_nemo.model.blocks import Backend
+from megacpp_nemo.model import attention_blocks, blocks
+from megacpp_nemo.model.backend import Backend
 from megacpp_nemo.model.prediction import prediction_spec
 from megacpp_nemo.model.shape import author_mamba_shape_of, recurrent_shape_of, sparse_shape_of
 from megacpp_nemo.model.stack import HybridStack, HybridStackSubmodules
@@ -40,12 +40,12 @@ def hybrid_stack_spec(config: Any, backend: Backend | None = None) -> ModuleSpec
         module=HybridStack,
         submodules=HybridStackSubmodules(
             attention_layer=(
-                blocks.latent_attention_layer(backend, layernorm=config.qk_layernorm)
+                attention_blocks.latent_attention_layer(backend, layernorm=config.qk_layernorm)
                 if config.multi_latent_attention
-                else blocks.grouped_attention_layer(backend)
+                else attention_blocks.grouped_attention_layer(backend)
             ),
             sparse_attention_layer=(
-                blocks.sparse_attention_layer(
+                attention_blocks.sparse_attention_layer(
                     backend, sparse_shape_of(config), layernorm=config.qk_layernorm
                 )
                 if config.multi_latent_attention

@@ -1,7 +1,8 @@
 """The hybrid stack: Megatron's MambaStack, building each layer from its block family.
 
 Forward pass, pipeline hand-over and checkpoint layout are Megatron's. What is ours is which
-module stands at which depth, and that only expert layers run in FP8.
+module stands at which depth, that only expert layers run in FP8, and that whole layers can be
+recomputed.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from torch import nn
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor, nn
 
 from megacpp_nemo.contract.errors import RuntimeRefusal
 from megacpp_nemo.contract.pattern import BlockFamily, LayerPattern
 from megacpp_nemo.model.experts import without_fp8
+from megacpp_nemo.model.recompute import FULL, run_layers
 
 # Families that Megatron's own bookkeeping of a stack knows, by its symbols.
 _UPSTREAM_SYMBOLS = {
@@ -121,6 +124,40 @@ class HybridStack(MambaStack):
                 hidden_size=config.hidden_size,
                 eps=config.layernorm_epsilon,
             )
+
+    def forward(
+        self,
+        hidden_states: Any,
+        attention_mask: Tensor | None,
+        inference_context: Any = None,
+        rotary_pos_emb: Tensor | None = None,
+        *,
+        inference_params: Any = None,
+        packed_seq_params: Any = None,
+        padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the last layer's output `[seq, batch, hidden]`, behind the norm if there is one.
+
+        Takes the arguments of Megatron's stack, of which those of inference are for no training.
+        """
+        told = {
+            "attention_mask": attention_mask,
+            "rotary_pos_emb": rotary_pos_emb,
+            "packed_seq_params": packed_seq_params,
+            "padding_mask": padding_mask,
+        }
+        if not (self.training and self.config.recompute_granularity == FULL):
+            context = inference_context or inference_params
+            kept: Tensor = super().forward(hidden_states, inference_context=context, **told)
+            return kept
+        layers: Any = self.layers
+        states: Any = hidden_states if self.pre_process else self.input_tensor
+        states = run_layers(layers, self.config, states, **told)
+        if self.post_process and self.post_layer_norm:
+            states = self.final_norm(states)
+        # The pipeline frees what a stage sends on, which must not be a view.
+        output: Tensor = make_viewless_tensor(states, states.requires_grad, keep_graph=True)
+        return output
 
     def _stage(self, layers: LayerPattern) -> tuple[int, tuple[BlockFamily, ...]]:
         """Return the number of layers before this pipeline stage, and its families."""

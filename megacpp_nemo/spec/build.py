@@ -11,7 +11,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megacpp_nemo.contract.errors import RuntimeRefusal
 from megacpp_nemo.contract.training import Precision
 from megacpp_nemo.lowering.spec_name import NamedLayer, SpecName
-from megacpp_nemo.model.blocks import Backend
+from megacpp_nemo.model.backend import Backend
 from megacpp_nemo.spec.layers import OwnLayers
 from megacpp_nemo.spec.local import localized
 from megacpp_nemo.spec.refusals import refuse_unbuilt

@@ -11,14 +11,15 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megacpp_nemo.contract.shapes import AuthorMambaShape, RecurrentShape, SparseAttentionShape
 from megacpp_nemo.lowering.roles import Role
 from megacpp_nemo.lowering.spec_name import SpecName
-from megacpp_nemo.model import blocks
-from megacpp_nemo.model.blocks import Backend
+from megacpp_nemo.model import attention_blocks, blocks
+from megacpp_nemo.model.backend import Backend
 from megacpp_nemo.model.mamba_paths import choose_path
 
 AUTHOR_MAMBA, RECURRENT = "model.author_mamba.", "model.recurrent."
 SPARSE_ATTENTION = "model.sparse_attention."
 CONV_WIDTH, CHUNK_SIZE = "model.mamba.conv_width", "model.mamba.chunk_size"
 MAMBA_PATH = "features.mamba_path"
+RECOMPUTE = "parallelism.recompute"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +39,13 @@ class OwnLayers:
         return _MAKERS[role](self, config)
 
     def _latent(self, config: Any) -> ModuleSpec:
-        return blocks.latent_attention_layer(self.backend, layernorm=config.qk_layernorm)
+        return attention_blocks.latent_attention_layer(self.backend, layernorm=config.qk_layernorm)
 
     def _sparse(self, config: Any) -> ModuleSpec:
         shape = sparse_attention_shape(self.name.settings)
-        return blocks.sparse_attention_layer(self.backend, shape, layernorm=config.qk_layernorm)
+        return attention_blocks.sparse_attention_layer(
+            self.backend, shape, layernorm=config.qk_layernorm
+        )
 
     def _mamba(self, config: Any) -> ModuleSpec:
         settings, backend = self.name.settings, self.backend

@@ -22,7 +22,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from megacpp_nemo.model.attention import LatentDotProduct
-from megacpp_nemo.model.blocks import FUSED_NORM_NAMES, MAMBA_MIXERS, Backend
+from megacpp_nemo.model.backend import FUSED_NORM_NAMES, Backend
+from megacpp_nemo.model.blocks import MAMBA_MIXERS
 from megacpp_nemo.model.mamba_paths import FUSED, PORTABLE, SPLIT
 from megacpp_nemo.model.norms import LocalRMSNorm
 from megacpp_nemo.model.projections import WholeLinear

@@ -22,6 +22,7 @@ from megacpp_nemo.spec.layers import (
     CHUNK_SIZE,
     CONV_WIDTH,
     MAMBA_PATH,
+    RECOMPUTE,
     RECURRENT,
     SPARSE_ATTENTION,
 )
@@ -138,7 +139,7 @@ def _settings(name: SpecName) -> Iterator[Reason]:
     custom = {layer.role for layer in (*name.layers, *name.mtp) if layer.custom}
     wanted = dict.fromkeys(_wanted(custom))
     for path, value in name.settings.items():
-        read = path in wanted or _fp8(path, value) or _path(path, custom)
+        read = path in wanted or _stacks(path, value) or _path(path, custom)
         if not read and not _explained(path, name):
             yield Reason(
                 f"no layer of the model reads {path}", _shown(path, value), "the name without it"
@@ -180,8 +181,9 @@ def _path(path: str, custom: set[Role]) -> bool:
     return path == MAMBA_PATH and bool({Role.MAMBA, Role.AUTHOR_MAMBA} & custom)
 
 
-def _fp8(path: str, value: Any) -> bool:
-    return path == "precision" and value is Precision.FP8_EXPERTS
+def _stacks(path: str, value: Any) -> bool:
+    """Whether a setting is one that the stack carries out, whatever its layers are."""
+    return (path, value) in (("precision", Precision.FP8_EXPERTS), (RECOMPUTE, "full"))
 
 
 def _shown(path: str, value: Any) -> str:

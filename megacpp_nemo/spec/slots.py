@@ -18,7 +18,8 @@ from megacpp_nemo.contract.errors import LoweringError
 from megacpp_nemo.lowering.roles import Role
 from megacpp_nemo.lowering.spec_name import NamedLayer
 from megacpp_nemo.model.experts import ExpertsLayer
-from megacpp_nemo.spec.layers import OwnLayers
+from megacpp_nemo.model.recompute import FULL, run_again
+from megacpp_nemo.spec.layers import RECOMPUTE, OwnLayers
 from megacpp_nemo.spec.upstream import SLOT_OF_ROLE, global_number, layer_arguments
 
 
@@ -54,6 +55,12 @@ class Slot:
 
     def build(self, config: Any, number: int, submodules: Any, arguments: dict[str, Any]) -> Any:
         """Return the layer that stands at the `number` the stack gave it."""
+        layer = self._built(config, number, submodules, arguments)
+        if self.own.name.settings.get(RECOMPUTE) == FULL:
+            run_again(layer)
+        return layer
+
+    def _built(self, config: Any, number: int, submodules: Any, arguments: dict[str, Any]) -> Any:
         place = global_number(config, number, arguments)
         layer = self._layer_at(place)
         if layer.custom:

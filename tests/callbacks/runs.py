@@ -25,9 +25,20 @@ DISTRIBUTED = {**TWO, "use_distributed_optimizer": True}
 OVERLAPPED = {**DISTRIBUTED, "overlap_grad_reduce": True, "overlap_param_gather": True}
 
 
-def configured(sources: Path, folder: Path, *, steps: int = 4, **changes: Any) -> Any:
-    """Return the configuration of a run of four layers; gradients in several buckets."""
-    partial = configure(small_recipe(**{**SMALL, **changes}), sources, folder, steps=steps)
+def configured(
+    sources: Path,
+    folder: Path,
+    *,
+    steps: int = 4,
+    save_interval: int | None = None,
+    **changes: Any,
+) -> Any:
+    """Return the configuration of a run of four layers; gradients in several buckets.
+
+    It writes no checkpoint unless it is told after how many steps.
+    """
+    intent = small_recipe(**{**SMALL, **changes})
+    partial = configure(intent, sources, folder, steps=steps, save_interval=save_interval)
     partial.trainer.strategy.ddp.bucket_size = 6_000
     return partial
 

@@ -50,6 +50,20 @@ def test_mlps_have_their_names_in_the_whole_model():
     assert (dense.name, dense.units) == ("decoder.layers.1.mlp", 64)
 
 
+def test_mlps_of_prediction_depths_come_last_and_only_if_no_layer_is_chosen():
+    depths = {"mtp_num_layers": 2, "mtp_pattern": "EAE", "experts": False}
+    names = [mlp.name for mlp in mlps_of(small_config("AE", **depths))]
+    assert names == [
+        "decoder.layers.1.mlp",
+        "mtp.layers.0.mtp_model_layer.layers.0.mlp",
+        "mtp.layers.0.mtp_model_layer.layers.2.mlp",
+        "mtp.layers.1.mtp_model_layer.layers.0.mlp",
+        "mtp.layers.1.mtp_model_layer.layers.2.mlp",
+    ]
+    assert [mlp.name for mlp in mlps_of(small_config("AE", **depths), layers=(2,))] == names[:1]
+    assert [mlp.name for mlp in mlps_of(small_config("AM", **depths))] == names[1:]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_means_are_those_of_a_plain_loop(kind: str):
     """Over three steps of two micro-batches, an expert of which has no tokens on the second."""
@@ -106,10 +120,11 @@ def test_validation_and_paused_passes_do_not_count():
     assert torch.equal(meter.means, alone.means)
 
 
-@pytest.mark.parametrize("module", ["moe", "shared_experts"])
-def test_recomputed_activations_count_once(module: str):
+@pytest.mark.parametrize("module", ["moe", "shared_experts", None])
+def test_recomputed_activations_count_once(module: str | None):
     plain = expert_model()
-    recomputing = expert_model(recompute_granularity="selective", recompute_modules=[module])
+    how = {"recompute_granularity": "selective", "recompute_modules": [module]}
+    recomputing = expert_model(**how if module else {"recompute_granularity": "full"})
     meters, passes = [], []
     for model in (plain, recomputing):
         meters.append(meter := ActivityMeter(model, LEVER))

@@ -52,7 +52,8 @@ def test_transformer_engines_grouped_experts_measure_as_its_sequential_ones(
         import nemo_run
         from nemo.lightning import RestoreConfig
 
-        partial = configured(sources, folder, steps=steps, precision="bf16", pattern="AEME")
+        changes = {"precision": "bf16", "pattern": "AEME"}
+        partial = configured(sources, folder, steps=steps, save_interval=steps, **changes)
         partial.model.config.moe_grouped_gemm = grouped
         if start is not None:
             partial.resume.restore_config = nemo_run.Config(RestoreConfig, path=str(start))

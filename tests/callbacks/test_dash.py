@@ -37,7 +37,7 @@ STEPS = 3
 def start(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of the four layers, written by one process after two steps."""
     folder = tmp_path_factory.mktemp("start")
-    on_ranks(lambda: train_with(configured(sources, folder, steps=2)))
+    on_ranks(lambda: train_with(configured(sources, folder, steps=2, save_interval=2)))
     return folder / "checkpoints" / "step=2"
 
 
@@ -137,8 +137,8 @@ def test_every_layout_does_the_same(
 
 @pytest.mark.two_process
 def test_a_bias_split_over_tensor_ranks_is_one_vector(sources: Path, tmp_path: Path) -> None:
-    first = biased(configured(sources, tmp_path / "first", steps=2, experts=False))
-    on_ranks(train_with, first)
+    first = configured(sources, tmp_path / "first", steps=2, save_interval=2, experts=False)
+    on_ranks(train_with, biased(first))
     checkpoint = tmp_path / "first" / "checkpoints" / "step=2"
     alone, *ranks = (
         result

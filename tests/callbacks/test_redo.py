@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.moe import moe_utils
 from torch import Tensor, nn
 
 from megacpp_nemo.callbacks.activity import ActivityMeter
@@ -120,6 +121,27 @@ def test_recycling_silent_units_leaves_the_output_as_it_is(kind: str):
     # And they are silent no more.
     advance(model.train(), meter, [3])
     assert not any(bool((score == 0).any()) for score in scores(meter).values())
+
+
+def test_dormant_units_of_a_prediction_depth_are_found_and_made_new():
+    moe_utils.get_moe_layer_wise_logging_tracker().clear()
+    model = expert_model(mtp_num_layers=1, mtp_pattern="AE")
+    meter = ActivityMeter(model, ZERO)
+    silent = {"mtp.layers.0.mtp_model_layer.layers.1.mlp.shared_experts": [2, 9]}
+    ((name, units),) = silent.items()
+    silence(model, meter, name, units)
+    for seed in range(2):
+        # The depths run where there are labels.
+        run_model(model, batch(seed), labels=batch(seed))
+        meter.step()
+    assert chosen(dormant(meter, ZERO)) == silent
+    before = copies(model)
+    action = recycle(model, meter, ZERO, [adam(model)], step=2, seed=1)
+    assert action.matrices[name]["dormant"] == 2
+    rows = changes(before, model)[f"{name}.linear_fc1.weight"]
+    assert rows.all(1).nonzero().flatten().tolist() == units
+    assert set(changes(before, model)) <= {f"{name}.linear_fc{i}.weight" for i in (1, 2)}
+    moe_utils.get_moe_layer_wise_logging_tracker().clear()
 
 
 @pytest.mark.parametrize("kind", ["gelu", "swiglu"])

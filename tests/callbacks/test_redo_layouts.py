@@ -19,7 +19,7 @@ from tests.callbacks.runs import (
     train_with,
 )
 
-MODEL = {"pattern": "AEME", "model.experts.activation": "swiglu"}
+MODEL = {"pattern": "AEME", "model.experts.activation": "swiglu", "model.mtp.num_layers": 1}
 TENSOR = {**TWO, "tensor_model_parallel_size": 2, "sequence_parallel": True}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": TENSOR,
@@ -126,7 +126,7 @@ def renewed(ranks: list[dict[str, Any]]) -> dict[str, Tensor]:
 def start(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of two steps."""
     folder = tmp_path_factory.mktemp("start")
-    on_ranks(lambda: train_with(configured(sources, folder, steps=2, **MODEL)))
+    on_ranks(lambda: train_with(configured(sources, folder, steps=2, save_interval=2, **MODEL)))
     return folder / "checkpoints" / "step=2"
 
 

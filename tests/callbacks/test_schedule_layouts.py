@@ -25,7 +25,8 @@ def fired(checkpoint: Path, sources: Path, folder: Path, **changes: Any) -> list
     from megacpp_nemo.callbacks.schedule import PlasticitySchedule
 
     callback = run.Config(PlasticitySchedule, plasticity=FIRE)
-    partial = configure(small_recipe(**changes), sources, folder, steps=3, callbacks=[callback])
+    intent = small_recipe(**changes)
+    partial = configure(intent, sources, folder, steps=3, callbacks=[callback], save_interval=None)
     partial.resume.restore_config = run.Config(RestoreConfig, path=str(checkpoint))
     return train(partial)["loss"]
 

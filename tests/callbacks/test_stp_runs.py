@@ -38,11 +38,17 @@ class Straighten:
 
     def _run(self, lever: StpLever | None, steps: int, folder: Path, changes: Any) -> Any:
         restored, resumed = changes.pop("start", None), changes.pop("resume", None)
-        saved, settings = changes.pop("save_interval", 10_000), changes.pop("settings", {})
+        saved, settings = changes.pop("save_interval", None), changes.pop("settings", {})
         callback = make_callback(lever)
         recipe = small_recipe(**{**MODEL, **changes})
-        partial = configure(recipe, self.sources, folder, steps=steps, callbacks=[callback])
-        partial.log.ckpt.save_interval = saved
+        partial = configure(
+            recipe,
+            self.sources,
+            folder,
+            steps=steps,
+            callbacks=[callback],
+            save_interval=saved,
+        )
         for name, value in settings.items():
             setattr(partial.model.config, name, value)
         if restored:
@@ -131,10 +137,16 @@ def test_two_processes_give_the_single_processs_run(straighten, single, checkpoi
 
 
 @pytest.mark.two_process
-def test_a_stage_may_free_the_output_that_it_straightens(straighten, single, checkpoint):
-    changes = {"settings": {"deallocate_pipeline_outputs": True}, **LAYOUTS["pp2"]}
+@pytest.mark.parametrize("granularity", [None, "full"], ids=["kept", "recomputed"])
+def test_a_stage_may_free_and_recompute_the_output_that_it_straightens(
+    straighten, single, checkpoint, granularity
+):
+    # The first stage runs both micro-batches forward before it recomputes the first.
+    settings = {"deallocate_pipeline_outputs": True, "recompute_granularity": granularity}
+    changes = {"settings": settings, **LAYOUTS["pp2"]}
     for values in straighten(start=checkpoint, ranks=2, devices_per_node=2, **changes):
         assert values["loss"] == pytest.approx(single["loss"], rel=1e-5)
+        assert values["stp"][0] == pytest.approx(single["stp"][0], rel=1e-5)
 
 
 def test_the_scale_does_not_depend_on_the_number_of_micro_batches(straighten, single, checkpoint):
@@ -149,7 +161,7 @@ def test_the_scale_does_not_depend_on_the_number_of_micro_batches(straighten, si
 def test_a_resumed_run_draws_the_same_positions(straighten):
     (unbroken,) = straighten(save_interval=2)
     checkpoint = straighten.folder / str(straighten.runs) / "checkpoints" / "step=2"
-    (resumed,) = straighten(resume=checkpoint)
+    (resumed,) = straighten(resume=checkpoint, save_interval=4)
     assert resumed["loss"] == unbroken["loss"][2:]
     assert resumed["stp"] == unbroken["stp"][2:]
 

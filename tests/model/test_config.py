@@ -14,7 +14,8 @@ from megacpp_nemo.contract.errors import MegaCppError, PatternError, RecipeError
 from megacpp_nemo.contract.shapes import SparseAttentionShape
 from megacpp_nemo.host.preflight import refuse_unbuilt
 from megacpp_nemo.model import steps as steps_module
-from megacpp_nemo.model.config import HybridConfig, HybridModel
+from megacpp_nemo.model.config import HybridConfig
+from megacpp_nemo.model.module import HybridModel
 from megacpp_nemo.model.shape import parallelism_of, shape_of
 from megacpp_nemo.model.steps import hybrid_data_step
 from tests.model.building import TOKENIZER, megatron, small_config

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from fiddle import build
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megacpp_nemo.contract.errors import RuntimeRefusal
+from megacpp_nemo.contract.families import recipe
+from megacpp_nemo.host.cpu import CUDA_FUSIONS
 from megacpp_nemo.model import generation
 from megacpp_nemo.model.generation import forward, generate
 from megacpp_nemo.model.generation_state import GenerationState, enter
 from megacpp_nemo.model.mamba import FusedMambaMixer
 from megacpp_nemo.model.recurrent import RecurrentMixer
+from megacpp_nemo.recipes.build import model_config
 from tests.model.building import (
     VOCABULARY,
     assert_near,
     build_model,
     random_tokens,
     run_model,
+    shaken,
     small_config,
 )
 
@@ -65,12 +71,18 @@ def no_gradients() -> Iterator[None]:
 def built(pattern: str, **changes: Any) -> nn.Module:
     """Return a small model in evaluation mode, with a context of `TOKENS + 56`."""
     settings = {"num_layers": len(pattern), "seq_length": TOKENS + 56, **changes}
-    model = build_model(small_config(pattern, **settings)).eval()
+    return settled(build_model(small_config(pattern, **settings)))
+
+
+def settled(model: nn.Module) -> nn.Module:
+    """Return a shaken model in evaluation mode, with M2RNN that contracts.
+
+    Noise made it expand, and such a recurrence amplifies what is rounded.
+    """
     for module in model.modules():
         if isinstance(module, RecurrentMixer):
-            # Noise made it expand, and such a recurrence amplifies what is rounded.
             module.transition.mul_(0.5)
-    return model
+    return model.eval()
 
 
 def by_pieces(
@@ -90,6 +102,19 @@ def test_step_by_step_equals_the_full_forward(name: str) -> None:
     logits, state = by_pieces(model, tokens, [1] * TOKENS)
     assert_near(logits, run_model(model, tokens))
     assert state.position == TOKENS
+
+
+def test_the_tiny_recipe_step_by_step_equals_its_full_forward() -> None:
+    tiny = recipe("nam56r_tiny")
+    config = build(model_config(tiny).config)
+    for fusion in CUDA_FUSIONS:
+        setattr(config, fusion, False)
+    vocabulary = tiny.model.embedding.vocab_size
+    model = settled(shaken(config.configure_model(SimpleNamespace(vocab_size=vocabulary))))
+    assert (len(model.decoder.layers), config.hidden_size) == (12, 128)
+    tokens = torch.randint(vocabulary, (2, TOKENS), generator=torch.Generator().manual_seed(0))
+    logits, _ = by_pieces(model, tokens, [1] * TOKENS)
+    assert_near(logits, run_model(model, tokens))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -20,6 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from tests.model.building import (
+    assert_near,
     boundaries_of,
     build_model,
     megatron,
@@ -43,18 +44,18 @@ ROWS = [[5, 1, 10], [16]]
 def run_layout(
     folder: Path, pattern: str, layout: dict[str, Any], start: Path | None, changes: dict[str, Any]
 ) -> dict[str, Any]:
-    """Run one step in this process's part of a layout, and save its gradients in `folder`.
+    """Run one step in this process's part of a layout; save weights and gradients in `folder`.
 
-    Starts from the checkpoint `start`, or from initial weights, which it saves as well.
+    Starts from the checkpoint `start`, or from initial weights; those it saves are from before
+    the step.
     """
     sizes = {name: size for name, size in layout.items() if name != "sequence_parallel"}
     with megatron(**sizes):
         config = small_config(pattern, **layout, **changes)
         model = build_model(config)
-        if start is None:
-            save(model, folder / "weights")
-        else:
+        if start is not None:
             load(model, start)
+        save(model, folder / "weights")
         losses = step(model, config)
         gather_gradients(model, config)
         save(model, folder / "gradients")
@@ -117,13 +118,27 @@ def gather_gradients(model: nn.Module, config: Any) -> None:
         grad = parameter.grad
         if getattr(parameter, "shared_embedding", False):
             torch.distributed.all_reduce(grad, group=parallel_state.get_embedding_group())
-        if config.sequence_parallel and getattr(parameter, "sequence_parallel", False):
+        if getattr(parameter, "average_gradients_across_tp_domain", False):
+            average_copies(grad)
+        elif config.sequence_parallel and getattr(parameter, "sequence_parallel", False):
             torch.distributed.all_reduce(
                 grad, group=parallel_state.get_tensor_model_parallel_group()
             )
         if ranks > 1 and getattr(parameter, "allreduce", True):
             torch.distributed.all_reduce(grad, group=parallel_state.get_data_parallel_group())
         parameter.data.copy_(grad / ranks)
+
+
+def average_copies(grad: Tensor) -> None:
+    """Average a gradient over the tensor ranks, each of which has it whole but for rounding."""
+    own = grad.clone()
+    torch.distributed.all_reduce(
+        grad,
+        op=torch.distributed.ReduceOp.AVG,
+        group=parallel_state.get_tensor_model_parallel_group(),
+    )
+    # A mean of parts would be a gradient of the right direction and the wrong length.
+    assert_near(own, grad)
 
 
 def read_whole(*folders: Path) -> list[dict[str, numpy.ndarray]]:
@@ -158,7 +173,10 @@ def compare(
     second: tuple[str, dict[str, Any]],
     **changes: Any,
 ) -> None:
-    """Assert that a state saved by one layout gives the same losses and gradients in another."""
+    """Assert that a state saved by one layout gives the same losses and gradients in another.
+
+    What the other loads, and saves again, is the same to the bit.
+    """
     a, b = tmp_path / "first", tmp_path / "second"
     pattern, layout = first
     expected = losses_of(
@@ -169,7 +187,11 @@ def compare(
         run_layout, b, pattern, layout, a / "weights", changes, ranks=processes(layout)
     )
     numpy.testing.assert_allclose(losses_of(results, layout), expected, rtol=1e-5)
-    assert_near_by_key(*read_whole(a / "gradients", b / "gradients"))
+    parts = [folder / part for part in ("weights", "gradients") for folder in (a, b)]
+    saved, loaded, *gradients = read_whole(*parts)
+    assert saved.keys() == loaded.keys()
+    assert not [key for key in saved if not numpy.array_equal(saved[key], loaded[key])]
+    assert_near_by_key(*gradients)
 
 
 def assert_near_by_key(first: dict[str, Any], second: dict[str, Any]) -> None:

@@ -30,3 +30,10 @@ def test_two_tensor_ranks_compute_what_one_process_does(tmp_path, topk):
 def test_two_pipeline_stages_compute_what_one_process_does(tmp_path):
     ranks = {**SPARSE, "dsa_a_ranks": (1,)}
     compare(tmp_path, ("AEAMD", ONE), ("AE|AMD", PIPELINE), **ranks)
+
+
+@pytest.mark.parametrize("granularity", [None, "full"], ids=["kept", "recomputed"])
+def test_a_checkpoint_with_depths_moves_from_tensor_ranks_to_stages(tmp_path, granularity):
+    depths = {"mtp_num_layers": 1, "mtp_pattern": "AE", "recompute_granularity": granularity}
+    changes = {**SPARSE, "dsa_a_ranks": (1,), **depths}
+    compare(tmp_path, ("AEARM", TENSOR), ("AE|ARM", PIPELINE), **changes)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from megacpp_nemo.contract import HybridRecipe, MegaCppError, RecipeError
 from tests.support.processes import in_process
@@ -126,6 +128,82 @@ def test_another_model_than_the_checkpoints_is_refused(pretrained, changes, said
 
     with pytest.raises(RecipeError, match=said):
         to_finetune(small_recipe(**changes), checkpoint=pretrained[0])
+
+
+def start_sparse(checkpoint: Path, sources: Path, steps: int) -> tuple[list[float], list[str]]:
+    """Fine-tune a sparse recipe from dense weights, and return the losses and our log."""
+    from megacpp_nemo.recipes import to_finetune
+
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("megacpp_nemo.host.warm_start")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    # As many keys as there are: what is computed is what dense attention computes.
+    intent = small_recipe(sparse_attention=True, **{"sparse_attention.indexer_topk": 32})
+    partial = to_finetune(intent, checkpoint=checkpoint, fresh_indexers=True)
+    return train(small_run(partial, sources, steps))["loss"], said
+
+
+def test_sparse_attention_starts_from_dense_weights_if_asked_to(pretrained, other_sources):
+    checkpoint, _ = pretrained
+    dense, _ = in_process(finetune, checkpoint, other_sources, 1)
+    shutil.rmtree(other_sources.parent / "run")
+    sparse, (said,) = in_process(start_sparse, checkpoint, other_sources, 2)
+    assert sparse[0] == pytest.approx(dense[0], abs=1e-5)
+    assert sparse[1] != sparse[0]
+    name, _, fresh = said.partition(": ")
+    assert name == "drawn anew, not in the checkpoint"
+    # Layer 5 is the only sparse one, A-rank 1.
+    indexer = "module.decoder.layers.4.self_attention.core_attention.indexer"
+    assert {each.rpartition(f"{indexer}.")[2] for each in fresh.split(", ")} == {
+        "linear_wq_b.weight", "linear_wk.weight", "linear_weights_proj.weight",
+        "k_norm.weight", "k_norm.bias",
+    }  # fmt: skip
+    # Its own checkpoints have them.
+    resumed, said = in_process(start_sparse, checkpoint, other_sources, 3)
+    assert (len(resumed), said) == (1, [])
+
+
+def test_sparse_layers_without_indexers_are_refused_unless_these_are_to_be_fresh(pretrained):
+    from megacpp_nemo.recipes import to_finetune
+
+    intent = small_recipe(sparse_attention=True)
+    with pytest.raises(RecipeError, match=r"no indexers(.|\n)*\[5\](.|\n)*fresh_indexers=True"):
+        to_finetune(intent, checkpoint=pretrained[0])
+    for other in ({"hidden_size": 64}, {"depth": 11}):
+        intent = small_recipe(sparse_attention=True, **other)
+        with pytest.raises(RecipeError, match="of another model"):
+            to_finetune(intent, checkpoint=pretrained[0], fresh_indexers=True)
+
+
+def test_a_sparse_checkpoint_may_get_more_indexers_and_lose_none(pretrained, tmp_path):
+    from megacpp_nemo.recipes import to_finetune
+
+    checkpoint = shutil.copytree(pretrained[0], tmp_path / "step=40")
+    context = checkpoint / "context" / "model.yaml"
+    saved = yaml.safe_load(context.read_text())
+    saved["config"].update(dsa_a_ranks=[1], dsa_indexer_n_heads=2, dsa_indexer_head_dim=16)
+    context.write_text(yaml.safe_dump(saved))
+
+    def start(*ranks: int, **changes: Any) -> Any:
+        changes = {f"sparse_attention.{name}": value for name, value in changes.items()}
+        intent = small_recipe(
+            sparse_attention=True, **{"sparse_attention.a_ranks": ranks, **changes}
+        )
+        return to_finetune(intent, checkpoint=checkpoint, fresh_indexers=True)
+
+    start(1)
+    start(0, 1)
+    # Written out, they are the same layers.
+    to_finetune(small_recipe(pattern="AEMEDEMEAEMR"), checkpoint=checkpoint)
+    with pytest.raises(RecipeError, match=r"sparse layers=\[1\](.|\n)*sparse layers=\[5\]"):
+        start(0)
+    with pytest.raises(RecipeError, match=r"sparse layers=\[\]"):
+        to_finetune(small_recipe(), checkpoint=checkpoint, fresh_indexers=True)
+    with pytest.raises(RecipeError, match="indexer_num_heads=4"):
+        start(0, 1, indexer_num_heads=4)
 
 
 @pytest.mark.parametrize("damage", ["missing", "unfinished", "no weights", "no context"])

@@ -41,6 +41,7 @@ WORDS: dict[str, tuple[Any, ...]] = {
     "files.run_dir": ("/elsewhere",),
     "parallelism.virtual_pipeline_model_parallel_size": (2,),
     "parallelism.expert_tensor_parallel_size": (1,),
+    "parallelism.recompute": ("selective", "full"),
     "features.mamba_path": ("portable",),
     **{f"plasticity.{name}.target": ("mlp",) for name in ("fire", "dash", "shrink")},
     **{f"plasticity.{name}.families": (("A",),) for name in ("fire", "dash", "shrink")},

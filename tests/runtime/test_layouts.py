@@ -72,8 +72,8 @@ def test_a_checkpoint_written_by_two_tensor_ranks_resumes_on_one_process(
             sources,
             tmp_path / "two",
             steps=4,
+            save_interval=2,
         )
-        partial.log.ckpt.save_interval = 2
         return train(partial)
 
     def train_one() -> dict[str, list[float]]:
@@ -103,7 +103,8 @@ def test_an_optimizer_of_another_expert_layout_is_refused_by_name(
 
 def test_bf16_mixed_precision_learns(sources: Path, tmp_path: Path) -> None:
     def run() -> dict[str, list[float]]:
-        return train(configure(small_recipe(precision="bf16"), sources, tmp_path, steps=25))
+        intent = small_recipe(precision="bf16", pattern="AEMR", depth=4)
+        return train(configure(intent, sources, tmp_path, steps=25, save_interval=None))
 
     losses = in_process(run)["loss"]
     assert losses[-1] < 0.85 * losses[0]
@@ -111,7 +112,7 @@ def test_bf16_mixed_precision_learns(sources: Path, tmp_path: Path) -> None:
 
 def test_the_seed_decides_the_initial_weights(sources: Path, tmp_path: Path) -> None:
     def first_loss(seed: int, run: str) -> float:
-        partial = configure(small_recipe(), sources, tmp_path / run, steps=1)
+        partial = configure(small_recipe(), sources, tmp_path / run, steps=1, save_interval=None)
         partial.model.config.seed = seed
         return train(partial)["loss"][0]
 

@@ -156,7 +156,8 @@ def test_validation_is_of_the_main_head_alone(sources: Path, tmp_path: Path) -> 
         import fiddle as fdl
 
         changes = {**DEPTHS, "model.mtp.loss_scaling_factor": weight}
-        partial = configure(small_recipe(**changes), sources, tmp_path / str(weight), steps=1)
+        intent, folder = small_recipe(**changes), tmp_path / str(weight)
+        partial = configure(intent, sources, folder, steps=1, save_interval=None)
         partial.trainer.limit_val_batches = partial.trainer.val_check_interval = 1
         built = fdl.build(partial)
         trainer = built.keywords["trainer"]

@@ -22,7 +22,7 @@ def test_the_indexers_loss_is_trained_and_logged(sources: Path, tmp_path: Path) 
         # Weights large enough for heads that look at some keys more than at others.
         changes = {"sparse_attention.indexer_topk": 8, "sparse_attention.indexer_loss_coeff": 0.5}
         intent = small_recipe(sparse_attention=True, **changes, **{"model.init_std": 0.2})
-        partial = configure(intent, sources, tmp_path, steps=4)
+        partial = configure(intent, sources, tmp_path, steps=4, save_interval=None)
         partial.log.tensorboard = nemo_run.Config(TensorBoardLogger, save_dir="tb", name="")
         losses = train(partial)["loss"]
         events = EventAccumulator(str(next(tmp_path.rglob("events.out.*")).parent)).Reload()
