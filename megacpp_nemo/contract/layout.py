@@ -33,6 +33,8 @@ def check_layout(
     """
     _check_stages(layers, parallelism)
     _check_kinds(layers, model, features, parallelism)
+    if parallelism.recompute == "selective":
+        _check_cores(_families(layers, model), model, features)
     _check_sequence(model.seq_length, parallelism)
     parts = list(_parts(layers, model, features, parallelism))
     for part in parts:
@@ -92,6 +94,17 @@ def _check_kinds(
             allowed="1, or a pattern that contains E, with features.experts on",
             hint="expert_model_parallel_size=1",
         )
+    expert_tensor = parallelism.expert_tensor_size
+    if experts and expert_tensor != tensor and parallelism.expert_model_parallel_size == 1:
+        # Megatron reduces such experts' gradients over the ranks of other weights before 0.19.
+        raise RecipeError(
+            "Experts that are split otherwise than the other weights need expert parallelism: "
+            "Megatron does not sum their gradients over the tensor ranks without it",
+            given=f"expert_tensor_parallel_size={expert_tensor}, "
+            f"tensor_model_parallel_size={tensor}, expert_model_parallel_size=1",
+            allowed="expert_model_parallel_size above 1, or the tensor size for experts too",
+            hint="expert_tensor_parallel_size=None",
+        )
     chosen = features.sparse_attention and model.sparse_attention.a_ranks
     if context > 1 and (chosen or BlockFamily.SPARSE_ATTENTION in families):
         raise RecipeError(
@@ -99,6 +112,28 @@ def _check_kinds(
             given=f"context_parallel_size={context} with DSA layers",
             allowed="context_parallel_size=1, or no DSA layers",
             hint="context_parallel_size=1",
+        )
+
+
+def _check_cores(
+    families: dict[BlockFamily, int], model: ModelShape, features: Features
+) -> None:
+    """Check that attention has cores to compute again, and none that an indexer reads."""
+    chosen = features.sparse_attention and model.sparse_attention.a_ranks
+    if chosen or BlockFamily.SPARSE_ATTENTION in families:
+        raise RecipeError(
+            "Selective recomputation does not work with DSA: a recomputed core has lost what the "
+            "indexer reads",
+            given="recompute='selective' with DSA layers",
+            allowed="recompute of none or full, or no DSA layers",
+            hint="recompute='full'",
+        )
+    if BlockFamily.ATTENTION not in families:
+        raise RecipeError(
+            "Selective recomputation is of the cores of attention layers, and the model has none",
+            given="recompute='selective' with a pattern without A",
+            allowed="recompute of none or full, or a pattern that contains A",
+            hint="recompute='full'",
         )
 
 
@@ -175,6 +210,9 @@ def _parts(
         yield from _experts_parts(model, parallelism)
     elif BlockFamily.EXPERTS in families:
         yield _Part("ffn_hidden_size", model.ffn_hidden_size, TENSOR, tensor)
+    if features.ngram_hash:
+        # Every rank holds a part of every row, whatever the primes are.
+        yield _Part("embedding.ngram.dim", model.embedding.ngram.dim, TENSOR, tensor)
 
 
 def _mamba_parts(model: ModelShape, parallelism: Parallelism) -> Iterator[_Part]:

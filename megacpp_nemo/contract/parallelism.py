@@ -5,9 +5,13 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
-from megacpp_nemo.contract.checks import AtLeastTwo, Checked, Positive
+from megacpp_nemo.contract.checks import AtLeastTwo, Checked, Positive, one_of
 from megacpp_nemo.contract.errors import RecipeError, lookup
+
+# What a backward pass runs again, from nothing to everything.
+RECOMPUTE = ("none", "selective", "full")
 
 
 class ParallelismMode(str, enum.Enum):
@@ -50,6 +54,8 @@ class Parallelism(Checked):
         use_distributed_optimizer: Shard optimizer state over data-parallel processes.
         overlap_grad_reduce: Reduce gradients while the backward pass runs.
         overlap_param_gather: Gather parameters while the forward pass runs.
+        recompute: What the backward pass computes again instead of keeping it: `none`;
+            `selective`, the cores of attention layers; `full`, every layer, each by itself.
     """
 
     num_nodes: Positive = 1
@@ -64,6 +70,7 @@ class Parallelism(Checked):
     use_distributed_optimizer: bool = True
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
+    recompute: Annotated[str, one_of(*RECOMPUTE)] = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()

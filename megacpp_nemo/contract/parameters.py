@@ -102,6 +102,12 @@ _EXPERT = re.compile(
 _OUTSIDE = {
     "embedding.word_embeddings.weight": ParameterKind.EMBEDDING,
     "embedding.position_embeddings.weight": ParameterKind.EMBEDDING,
+    # The input side as a whole, projections included: one of them starts from zero.
+    "embedding.ngram_hash.table.weight": ParameterKind.EMBEDDING,
+    "embedding.ngram_hash.out_proj.weight": ParameterKind.EMBEDDING,
+    "embedding.structure.scale": ParameterKind.EMBEDDING,
+    "embedding.structure.table.weight": ParameterKind.EMBEDDING,
+    "embedding.structure.up_proj.weight": ParameterKind.EMBEDDING,
     "output_layer.weight": ParameterKind.HEAD,
     "decoder.final_norm.weight": ParameterKind.NORM,
     "decoder.final_norm.bias": ParameterKind.NORM,
@@ -109,8 +115,9 @@ _OUTSIDE = {
 _ENDINGS = (
     (r"(?:.*\.)?(?:[A-Za-z_]*norm|q_layernorm|kv_layernorm)\.(?:weight|bias)", ParameterKind.NORM),
     (r".*\.layer_norm_(?:weight|bias)", ParameterKind.NORM),
-    (r"mixer\.conv1d\.(?:weight|bias)", ParameterKind.CONVOLUTION),
+    (r"(?:mixer|self_attention)\.conv1d\.(?:weight|bias)", ParameterKind.CONVOLUTION),
     (r"mixer\.(?:A_log|D|dt_bias|[BC]_bias|mimo_[xzo])", ParameterKind.STATE),
+    (r"self_attention\.(?:A_log|dt_bias)", ParameterKind.STATE),
     (r"mixer\.transition", ParameterKind.TRANSITION),
     (r"mlp\.router\.(?:weight|bias|expert_bias)", ParameterKind.ROUTER),
     (r"mlp\.shared_experts\.gate_weight", ParameterKind.ROUTER),
@@ -235,7 +242,8 @@ def _unknown(name: str, shape: Sequence[int]) -> RecipeError:
     return RecipeError(
         "No rule says what this parameter is",
         given=f"{name} of shape {tuple(shape)}",
-        allowed="the parameters of A, E, M and R layers, the embedding, the head and their norms",
+        allowed="the parameters of A, D, E, G, M and R layers, the embedding, the head and their "
+        "norms",
         hint="a rule for it in megacpp_nemo.contract.parameters",
     )
 
@@ -297,6 +305,15 @@ def _author_in(model: ModelShape, family: BlockFamily, ranks: int, height: int) 
     return (("z", inner), ("x", inner), ("B", shared), ("C", shared), *by_head, ("angle", angles))
 
 
+def _delta_in(model: ModelShape, family: BlockFamily, ranks: int, height: int) -> _Rows:
+    shape = model.gated_delta_net
+    keys = shape.num_key_heads * shape.key_head_dim // ranks
+    values = shape.num_value_heads * shape.value_head_dim // ranks
+    heads = shape.num_value_heads // ranks
+    by_head = (("beta", heads), ("alpha", heads))
+    return (("q", keys), ("k", keys), ("v", values), ("gate", values), *by_head)
+
+
 _PROJECTIONS: dict[str, _Rule] = {
     "self_attention.linear_qkv": _qkv,
     "self_attention.linear_q_proj": _whole("q"),
@@ -307,6 +324,8 @@ _PROJECTIONS: dict[str, _Rule] = {
     "self_attention.linear_proj": _whole(),
     "self_attention.core_attention.indexer.linear_wq_b": _whole(),
     "self_attention.core_attention.indexer.linear_wk": _whole(),
+    "self_attention.in_proj": _delta_in,
+    "self_attention.out_proj": _whole(),
     "mlp.linear_fc1": _first_linear,
     "mlp.linear_fc2": _whole(),
     "mlp.shared_experts.linear_fc1": _first_linear,
@@ -339,7 +358,8 @@ def _parts(module: str, rows: _Rows, height: int, rank: int) -> tuple[Part, ...]
         if low < high:
             ranges[name].append((low, high))
         at += count
-    attention = module.startswith("self_attention.")
+    # Not of Gated DeltaNet, whose module stands in the place of attention.
+    attention = module.startswith("self_attention.linear_")
     return tuple(
         Part(name=name, rows=tuple(own), query_key=attention and name in _QUERY_KEY)
         for name, own in ranges.items()

@@ -31,6 +31,7 @@ from megacpp_nemo.contract.mixers import (
     SparseAttentionShape,
 )
 from megacpp_nemo.contract.pattern import BlockFamily, LayerPattern
+from megacpp_nemo.contract.primes import first_primes
 
 __all__ = [
     "EXPERT_ACTIVATIONS",
@@ -56,6 +57,18 @@ MTP_FAMILIES = (
     BlockFamily.GATED_DELTA_NET,
     BlockFamily.MAMBA,
 )
+# Values of each structure channel, the absent one left out.
+STRUCTURE_CHANNELS = {
+    "category": 9,
+    "dependency level": 16,
+    "AST depth": 64,
+    "sibling index": 64,
+    "AST node type": 256,
+}
+STRUCTURE_SETS = {
+    "core": ("category", "dependency level"),
+    "all": tuple(STRUCTURE_CHANNELS),
+}
 DISTINCT = Rule(
     "a tuple or list of distinct whole numbers, each 2 or more, at least one",
     lambda orders: 0 < len(orders) == len(set(orders)),
@@ -101,7 +114,7 @@ class NgramHashShape(Checked):
     Args:
         orders: Lengths of the n-grams.
         heads_per_order: Independent hashes per order.
-        table_size: Rows per table, about; real sizes are primes near it.
+        table_size: Rows per table, at least; `table_sizes` are primes.
         dim: Width of one table row.
     """
 
@@ -114,6 +127,14 @@ class NgramHashShape(Checked):
         super().__post_init__()
         object.__setattr__(self, "orders", tuple(self.orders))
 
+    @property
+    def table_sizes(self) -> tuple[int, ...]:
+        """Rows of each table, one order after another: the first primes from `table_size` on.
+
+        Different primes, so that n-grams that meet in one table part in the others.
+        """
+        return first_primes(self.table_size, len(self.orders) * self.heads_per_order)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StructureShape(Checked):
@@ -124,6 +145,13 @@ class StructureShape(Checked):
     """
 
     bottleneck: Positive = 64
+
+    def table_sizes(self, choice: str) -> tuple[int, ...]:
+        """Return the rows of each channel's table, of a choice of `Features.structure`.
+
+        The last row of each is for a token that has no such value.
+        """
+        return tuple(STRUCTURE_CHANNELS[name] + 1 for name in STRUCTURE_SETS[choice])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,1 +1,1 @@
-"""What a recipe costs before it runs: parameters, and the work of the levers on them."""
+"""What a recipe costs before it runs: parameters, operations, memory, traffic, and its levers."""

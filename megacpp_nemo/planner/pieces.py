@@ -17,12 +17,23 @@ class Role(str, enum.Enum):
     """What a piece does."""
 
     EMBEDDING = "embedding"
+    EMBEDDING_COPY = "copy of the token embedding"
     LAYER = "layer"
     FINAL_NORM = "final norm"
     HEAD = "output head"
     DEPTH_ENTRY = "prediction depth's entry"
     DEPTH_LAYER = "prediction depth's layer"
     DEPTH_NORM = "prediction depth's norm"
+
+
+GROUPS = {
+    BlockFamily.ATTENTION: "A attention",
+    BlockFamily.SPARSE_ATTENTION: "A attention, sparse",
+    BlockFamily.EXPERTS: "E experts",
+    BlockFamily.GATED_DELTA_NET: "G Gated DeltaNet",
+    BlockFamily.MAMBA: "M Mamba",
+    BlockFamily.RECURRENT: "R M2RNN",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +59,13 @@ class Piece:
     depth: int | None = None
     stage: int = 0
     chunk: int = 0
+
+    @property
+    def group(self) -> str:
+        """What it is summed with: its family of layers, or its part outside of the layers."""
+        if self.depth is not None:
+            return "prediction depths"
+        return self.role.value if self.family is None else GROUPS[self.family]
 
 
 def pieces(recipe: HybridRecipe) -> tuple[Piece, ...]:

@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "nemo", "nemo_run", "fiddle", "megatron", "numpy")
 PROBE = f"""
 import json, sys, time
-start = time.perf_counter()
+start = time.process_time()
 import megacpp_nemo.contract
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 heavy = [name for name in {HEAVY!r} if name in sys.modules]
 foreign = sorted({{name.partition(".")[0] for name in sys.modules}} - sys.stdlib_module_names)
 print(json.dumps([seconds, heavy, foreign]))
@@ -24,7 +24,10 @@ print(json.dumps([seconds, heavy, foreign]))
 
 @pytest.fixture(scope="module")
 def imports():
-    """`[seconds, heavy modules, other modules]` of an import in each of three fresh processes."""
+    """`[seconds, heavy modules, other modules]` of an import in each of three fresh processes.
+
+    The seconds are of the processor: other tests run at the same time.
+    """
     # -S: no site, whose .pth files may import anything before us; -E: no PYTHON* variables.
     script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{PROBE}"
     command = [sys.executable, "-S", "-E", "-c", script]

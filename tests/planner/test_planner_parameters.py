@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from megacpp_nemo.contract import RECIPE_NAMES, HybridRecipe, RecipeError, recipe
-from megacpp_nemo.contract.parameters import Selection
+from megacpp_nemo.contract import RECIPE_NAMES, BlockFamily, HybridRecipe, RecipeError, recipe
+from megacpp_nemo.contract.parameters import ParameterKind, Selection
+from megacpp_nemo.planner import layer_tensors
 from megacpp_nemo.planner.levers import fire_cost, placement
-from megacpp_nemo.planner.parameters import inventory, padded_vocabulary, parameters
+from megacpp_nemo.planner.parameters import padded_vocabulary, parameters
 from tests.support.processes import in_process
 
 BUILT: dict[str, Any] = {
@@ -73,14 +74,62 @@ def test_the_vocabulary_is_padded_for_the_tensor_ranks() -> None:
     assert padded_vocabulary(recipe("nam56r", changes=changes)) == 65_792
 
 
-def test_what_nothing_builds_yet_is_named() -> None:
-    known, unknown = inventory(recipe("nam56r"))
+def test_every_part_of_the_full_model_has_parameters() -> None:
+    known = parameters(recipe("nam56r"))
     # One depth: 4 of its own, 6 of its attention, 36 of its experts.
     assert sum(parameter.name.startswith("mtp.") for parameter in known) == 46
     # Projections of queries and keys, a norm of two, and weights of 9 indexers.
     assert sum(".indexer." in parameter.name for parameter in known) == 9 * 5
-    assert unknown == ("the n-gram memory",)
-    with pytest.raises(RecipeError, match=r"(?s)Not all parameters.*n-gram memory"):
+
+
+def test_the_n_gram_memory_has_the_published_size() -> None:
+    known = {parameter.name: parameter for parameter in parameters(recipe("nam56r"))}
+    table = known["embedding.ngram_hash.table.weight"]
+    # 16 tables of about 500 000 rows of 16; published as about 128.0M.
+    assert prod(table.shape) / 1e6 == pytest.approx(128.0, abs=0.05)
+    assert known["embedding.ngram_hash.out_proj.weight"].shape == (3584, 256)
+    assert table.kind is ParameterKind.EMBEDDING
+
+
+def test_the_tables_of_n_grams_are_different_primes_of_the_size_asked_for() -> None:
+    sizes = recipe("nam56r").model.embedding.ngram.table_sizes
+    assert len(set(sizes)) == len(sizes) == 2 * 8
+    assert sizes[:2] == (500_009, 500_029)
+    factors = [size for size in sizes for divisor in range(2, 708) if size % divisor == 0]
+    assert not factors
+
+
+@pytest.mark.parametrize(("choice", "rows"), [("core", (10, 17)), ("all", (10, 17, 65, 65, 257))])
+def test_structure_channels_have_a_row_for_what_is_absent(
+    choice: str, rows: tuple[int, ...]
+) -> None:
+    intent = recipe("nam56r_tiny", changes={"features.structure": choice})
+    shapes = {parameter.name: parameter.shape for parameter in parameters(intent)}
+    assert shapes["embedding.structure.table.weight"] == (sum(rows), 64)
+    assert shapes["embedding.structure.scale"] == (len(rows),)
+    assert shapes["embedding.structure.up_proj.weight"] == (128, 64)
+
+
+def test_the_parts_of_gated_delta_net_are_no_queries_of_attention() -> None:
+    intent = recipe("nam56r_tiny", changes={"pattern": "AG", "depth": 2})
+    known = {parameter.name: parameter for parameter in parameters(intent)}
+    prefix = "decoder.layers.1.self_attention"
+    projection = known[f"{prefix}.in_proj.weight"]
+    heights = [(part.name, part.height) for part in projection.parts]
+    keys, values = 16 * 128, 32 * 128
+    assert heights == [
+        ("q", keys), ("k", keys), ("v", values), ("gate", values), ("beta", 32), ("alpha", 32),
+    ]  # fmt: skip
+    assert sum(height for _, height in heights) == projection.shape[0]
+    assert not any(part.query_key for part in projection.parts)
+    assert known[f"{prefix}.A_log"].kind is ParameterKind.STATE
+    assert known[f"{prefix}.conv1d.weight"].kind is ParameterKind.CONVOLUTION
+    assert known[f"{prefix}.out_norm.weight"].kind is ParameterKind.NORM
+
+
+def test_an_unknown_block_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(layer_tensors._FAMILIES, BlockFamily.RECURRENT)
+    with pytest.raises(RecipeError, match="No rule says what this costs: recurrent"):
         parameters(recipe("nam56r"))
 
 

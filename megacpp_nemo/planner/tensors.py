@@ -1,0 +1,89 @@
+"""The parameters of each piece of a model: name, shape, and what splits it over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megacpp_nemo.contract.recipe import HybridRecipe
+from megacpp_nemo.planner.layer_tensors import (
+    COLUMNS,
+    ROWS,
+    PieceTensor,
+    Tensors,
+    layer_tensors,
+    no_rule,
+)
+from megacpp_nemo.planner.pieces import Piece, Role
+
+
+def piece_tensors(recipe: HybridRecipe, piece: Piece) -> Tensors:
+    """Yield the parameters of a piece in Megatron's order.
+
+    Raises:
+        RecipeError: If no rule says what parameters the piece has.
+    """
+    if piece.family is not None:
+        return layer_tensors(recipe, piece.family)
+    if piece.role not in _OUTSIDE:
+        raise no_rule(piece.name, piece.role.value)
+    return _OUTSIDE[piece.role](recipe)
+
+
+def padded_vocabulary(recipe: HybridRecipe) -> int:
+    """Return the rows of the token embedding as it is built."""
+    embedding = recipe.model.embedding
+    step = embedding.make_vocab_size_divisible_by * recipe.parallelism.tensor_model_parallel_size
+    return -(-embedding.vocab_size // step) * step
+
+
+def word_embedding(recipe: HybridRecipe) -> PieceTensor:
+    """Return the token embedding, which prediction depths keep a copy of on the last stage."""
+    shape = (padded_vocabulary(recipe), recipe.model.hidden_size)
+    return PieceTensor("word_embeddings.weight", shape, ROWS)
+
+
+def _embedding(recipe: HybridRecipe) -> Tensors:
+    """Yield the input side: tokens, n-gram memory and structure channels.
+
+    The n-gram tables are one stack, split by its width: every rank holds a part of every row,
+    whatever the primes are, and out_proj, split by its columns, makes a partial sum that joins
+    the token embedding's. The structure channels are small, and whole on every rank.
+    """
+    hidden, embedding = recipe.model.hidden_size, recipe.model.embedding
+    yield word_embedding(recipe)
+    if recipe.features.ngram_hash:
+        sizes, dim = embedding.ngram.table_sizes, embedding.ngram.dim
+        yield PieceTensor("ngram_hash.table.weight", (sum(sizes), dim), COLUMNS)
+        yield PieceTensor("ngram_hash.out_proj.weight", (hidden, len(sizes) * dim), COLUMNS)
+    if recipe.features.structure:
+        sizes, width = (
+            embedding.structure.table_sizes(recipe.features.structure),
+            embedding.structure,
+        )
+        yield PieceTensor("structure.scale", (len(sizes),))
+        yield PieceTensor("structure.table.weight", (sum(sizes), width.bottleneck))
+        yield PieceTensor("structure.up_proj.weight", (hidden, width.bottleneck))
+
+
+def _norm(recipe: HybridRecipe) -> Tensors:
+    yield PieceTensor("weight", (recipe.model.hidden_size,))
+
+
+def _head(recipe: HybridRecipe) -> Tensors:
+    yield PieceTensor("weight", (padded_vocabulary(recipe), recipe.model.hidden_size), ROWS)
+
+
+def _depth_entry(recipe: HybridRecipe) -> Tensors:
+    hidden = recipe.model.hidden_size
+    yield PieceTensor("enorm.weight", (hidden,))
+    yield PieceTensor("hnorm.weight", (hidden,))
+    yield PieceTensor("eh_proj.weight", (hidden, 2 * hidden), ROWS)
+
+
+_OUTSIDE: dict[Role, Callable[[HybridRecipe], Tensors]] = {
+    Role.EMBEDDING: _embedding,
+    Role.FINAL_NORM: _norm,
+    Role.HEAD: _head,
+    Role.DEPTH_ENTRY: _depth_entry,
+    Role.DEPTH_NORM: _norm,
+}
