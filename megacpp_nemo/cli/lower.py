@@ -114,7 +114,7 @@ def _lowering(lowering: Lowering, given: argparse.Namespace) -> str:
         from megacpp_nemo.cli.markdown import lowering_markdown
 
         return lowering_markdown(lowering)
-    from megacpp_nemo.cli.report import lowering_text
+    from megacpp_nemo.cli.lowering_report import lowering_text
 
     return lowering_text(lowering, given.screen)
 
@@ -127,7 +127,7 @@ def _seams(lowering: Lowering, given: argparse.Namespace) -> str:
         from megacpp_nemo.cli.markdown import seams_markdown
 
         return seams_markdown(lowering)
-    from megacpp_nemo.cli.report import seams_text
+    from megacpp_nemo.cli.lowering_report import seams_text
 
     return seams_text(lowering, given.screen)
 
@@ -138,7 +138,7 @@ def _launch(given: argparse.Namespace) -> LaunchOptions:
         blackwell=given.blackwell,
         cache_dir=given.cache_dir,
         data_workers=given.data_workers,
-        environment=_environment(given.env),
+        environment=variables_of(given.env),
     )
 
 
@@ -156,7 +156,7 @@ def _parts(text: str) -> tuple[str, ...]:
     return tuple(parts)
 
 
-def _environment(words: Sequence[str]) -> dict[str, str]:
+def variables_of(words: Sequence[str]) -> dict[str, str]:
     """Return the variables that `--env` words set."""
     environment: dict[str, str] = {}
     for word in words:

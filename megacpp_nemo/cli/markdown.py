@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from megacpp_nemo.cli.report import covers, summary
+from megacpp_nemo.cli.lowering_report import covers, summary
 from megacpp_nemo.cli.script import launch
 from megacpp_nemo.lowering.lower import Lowering
 

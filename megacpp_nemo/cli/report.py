@@ -1,138 +1,137 @@
-"""A lowering as a report for people, in text."""
+"""`megacpp report`: a recipe as one HTML page."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import argparse
+import re
+import shlex
+import webbrowser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megacpp_nemo.cli.screen import Cell, Screen
-from megacpp_nemo.cli.script import launch
-from megacpp_nemo.cli.strip import layer_strip, legend, marks, style_of
-from megacpp_nemo.lowering.features import Feature, Status, ranges
-from megacpp_nemo.lowering.lower import Lowering
-from megacpp_nemo.lowering.seams import Kind, Seam
+from megacpp_nemo.cli.given import read_recipe
+from megacpp_nemo.cli.lower import release_of
+from megacpp_nemo.cli.output import native_path, say, write
+from megacpp_nemo.cli.screen import Screen, visible
+from megacpp_nemo.cli.usage import Parser, UsageError, add_recipe_options, add_release
+from megacpp_nemo.contract import HybridRecipe
+from megacpp_nemo.contract.errors import MegaCppError
+from megacpp_nemo.lowering.releases import DEFAULT_RELEASE
+from megacpp_nemo.planner.gpus import DEFAULT_GPU, GPUS
 
-PACKAGE = "megacpp_nemo."
-STATUS_STYLES = {
-    Status.NATIVE: "green",
-    Status.SEAM: "yellow",
-    Status.EXPERIMENTAL: "red",
-    Status.OFF: "dim",
-}
-
-
-def lowering_text(lowering: Lowering, screen: Screen) -> str:
-    """Return the whole report: layers, seams, features, what is open, the command."""
-    parts = [
-        *seam_parts(lowering, screen),
-        [screen.heading("Features"), features_table(lowering.features, screen)],
-        [screen.heading("Still open"), *_open(lowering, screen)],
-        [screen.heading("Command"), *launch(lowering)],
-    ]
-    return "\n\n".join("\n".join(part) for part in parts) + "\n"
+if TYPE_CHECKING:
+    from megacpp_nemo.report.subject import Subject
+    from megacpp_nemo.report.tables import Figure
 
 
-def seams_text(lowering: Lowering, screen: Screen) -> str:
-    """Return the seam report: layers, seams, and why each is one."""
-    parts = seam_parts(lowering, screen)
-    parts += [list(_reasons(seam, mark, screen)) for seam, mark in _marked(lowering)]
-    return "\n\n".join("\n".join(part) for part in parts) + "\n"
+class ReportError(MegaCppError):
+    """A report that cannot be shown."""
 
 
-def seam_parts(lowering: Lowering, screen: Screen) -> list[list[str]]:
-    """Return the title, the strip of the layers and the table of the seams."""
-    title = screen.heading(f"{lowering.name} on Megatron-LM {lowering.release}")
-    strip = [*layer_strip(lowering, screen), "", legend(lowering, screen)]
-    parts = [[title, summary(lowering)], strip]
-    if lowering.seams:
-        note = f"Owners are modules of {PACKAGE[:-1]}; a slot is the symbol that layers ride on."
-        parts.append([screen.heading("Seams"), seams_table(lowering, screen), screen.wrapped(note)])
-    return parts
-
-
-def summary(lowering: Lowering) -> str:
-    """Return how many layers are native, and how many seams there are, in a line."""
-    custom = [layer.owner for layer in lowering.layers if not layer.native]
-    missing = [seam.id for seam in lowering.seams if not seam.built]
-    native = len(lowering.layers) - len(custom)
-    words = f"{len(lowering.layers)} layers: {native} native, {len(custom)} custom. "
-    if not lowering.seams:
-        return words + "No seams: the release owns it whole."
-    seams = f"{len(lowering.seams)} seam{'s' * (len(lowering.seams) > 1)}"
-    return words + seams + (f", {len(missing)} not built yet." if missing else ", all built.")
-
-
-def covers(seam: Seam, lowering: Lowering) -> str:
-    """Return the layers of a seam in words; what it is part of where it has none."""
-    if seam.layers:
-        return ranges(seam.layers)
-    inner = any(layer.owner == seam.id for layer in lowering.prediction)
-    return "prediction depths" if inner else str(seam.kind.value)
-
-
-def seams_table(lowering: Lowering, screen: Screen) -> str:
-    """Return the table of the seams."""
-    head = ("#", "seam", "layers", "slot", "native", "built", "owner", "turned off by")
-    rows = [
+def parser(name: str) -> Parser:
+    """Return what `megacpp report` takes."""
+    made = Parser(
+        name,
+        "RECIPE [FIELD=VALUE ...] [--against 'RECIPE ...'] [--gpu G] [--release R] [--open] ...",
+        "Write a recipe as one HTML page: its layers, parameters, operations, memory, pipeline,\n"
+        "communication, seams, command and launch; beside another recipe or layout, if asked for.\n"
+        "The page is RECIPE.html unless --out names it, and needs no network.",
         (
-            Cell(mark, style_of(seam)),
-            Cell(seam.id, style_of(seam)),
-            covers(seam, lowering),
-            seam.slot or "-",
-            f"from {seam.native_since}" if seam.native_since else "never",
-            Cell("yes" if seam.built else "NO", style_of(seam)),
-            seam.owner.removeprefix(PACKAGE),
-            seam.off,
-        )
-        for seam, mark in _marked(lowering)
-    ]
-    return screen.table(head, rows)
-
-
-def features_table(features: Sequence[Feature], screen: Screen) -> str:
-    """Return the receipt of where each feature attaches, and whose it is."""
-    rows = [
-        (
-            feature.name,
-            Cell(feature.status.value, STATUS_STYLES[feature.status]),
-            feature.seam or "-",
-            feature.place or "-",
-        )
-        for feature in features
-    ]
-    return screen.table(("feature", "whose", "seam", "place"), rows)
-
-
-def _marked(lowering: Lowering) -> list[tuple[Seam, str]]:
-    names = marks(lowering.seams)
-    return [(seam, names[seam.id]) for seam in lowering.seams]
-
-
-def _reasons(seam: Seam, mark: str, screen: Screen) -> Iterator[str]:
-    yield screen.paint(f"{mark} {seam.id}: {seam.what}", style_of(seam))
-    rows = (
-        ("why", seam.reason),
-        ("graduates", f"with {seam.graduates}"),
-        ("evidence", seam.evidence),
-        ("owner", seam.owner + _of_unbuilt(seam)),
-        ("off", seam.off),
+            "megacpp report nam56r",
+            "megacpp report nam56r --against nam52 --out report.html",
+            "megacpp report nam56r --against 'nam56r pipeline_model_parallel_size=2'",
+        ),
+        ("html",),
     )
-    for name, text in rows:
-        yield f"  {screen.paint(f'{name:<10}', 'dim')} " + screen.wrapped(text, " " * 13)
-
-
-def _of_unbuilt(seam: Seam) -> str:
-    """Return what the owner of a seam that is not built does instead, as the end of a line."""
-    if seam.built:
-        return ""
-    in_nemo = seam.kind is Kind.CALLBACK
-    return (
-        ", in a NeMo run; the spec refuses it" if in_nemo else ", which refuses it: not built yet"
+    add_recipe_options(made)
+    add_release(made, DEFAULT_RELEASE)
+    made.add("--against", metavar="WORDS", help="what to compare with: a recipe and its changes")
+    made.add(
+        "--gpu",
+        metavar="G",
+        default=DEFAULT_GPU,
+        help=f"{', '.join(GPUS)}; {DEFAULT_GPU} by default",
     )
+    made.add("--open", action="store_true", help="show the page in a browser")
+    return made
 
 
-def _open(lowering: Lowering, screen: Screen) -> Iterator[str]:
-    if not lowering.open:
-        yield "  nothing: the command can start"
-    for item in lowering.open:
-        yield screen.wrapped(f"- {item.what}", "  ")
-        yield f"  settled by {screen.paint(item.settle, 'green')}"
+def run(given: argparse.Namespace) -> str:
+    """Write the page, and return what is told of it; the page itself for `--out -`.
+
+    Raises:
+        MegaCppError: If the words mean no recipe, the page cannot be written or not be shown.
+    """
+    if not given.words:
+        parser(given.command).refuse("report needs a recipe", "none", hint="megacpp report nam56r")
+    from megacpp_nemo.report.figures import figures
+    from megacpp_nemo.report.page import page
+
+    subject = _subject(given.words, given)
+    against = None if given.against is None else _subject(_words(given.against), given)
+    text = page(subject, against)
+    if given.out == "-":
+        if given.open:
+            parser(given.command).refuse("--open needs a file", "--open --out -", "--out FILE")
+        return text
+    # The page is written here; what is left to print is what there is to say of it.
+    out, given.out, given.format = given.out or _file_name(subject.recipe), None, "text"
+    write(text, screen=given.screen, out=out, exact=True)
+    say(f"Wrote {visible(native_path(out))}")
+    if given.open:
+        _open(Path(native_path(out)).resolve())
+    return _told(subject, figures(subject), given.screen)
+
+
+def _subject(words: Sequence[str], given: argparse.Namespace) -> Subject:
+    from megacpp_nemo.report.subject import subject
+
+    recipe = read_recipe(words[0], words[1:], given.mode)
+    return subject(" ".join(words), recipe, release_of(given.release), given.gpu)
+
+
+def _file_name(recipe: HybridRecipe) -> str:
+    """Return the name of a recipe's page; a recipe may be called what no file may."""
+    return re.sub(r"[^\w.-]", "_", recipe.name).lstrip(".") + ".html"
+
+
+def _words(text: str) -> list[str]:
+    """Return the words of `--against`."""
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        words = []
+    if not words:
+        raise UsageError(
+            "--against takes a recipe and its changes, as one argument",
+            given=f"--against {text!r}",
+            allowed="a recipe's name, and field=value words behind it",
+            hint="--against 'nam56r pipeline_model_parallel_size=2'",
+        )
+    return words
+
+
+def _open(path: Path) -> None:
+    try:
+        shown = webbrowser.open(path.as_uri())
+    except webbrowser.Error:
+        shown = False
+    if not shown:
+        raise ReportError(
+            "The page is written, but no browser opens here",
+            given=f"--open {path}",
+            allowed="a machine with a browser",
+            hint="no --open, and the file in a browser of your own",
+        )
+
+
+def _told(subject: Subject, figures: Sequence[Figure], screen: Screen) -> str:
+    lines = [screen.heading(f"{subject.label} on Megatron-LM {subject.release}")]
+    lines += [
+        f"  {figure.name:<16} {figure.value}" + (f", {figure.note}" if figure.note else "")
+        for figure in figures
+    ]
+    if subject.refusal:
+        lines += ["", screen.wrapped(f"Refused: {subject.refusal.what}.")]
+    return "\n".join(lines) + "\n"

@@ -1,86 +1,71 @@
-"""The strip of the layers: one cell a layer, and below it who builds it.
-
-     1  *EME*EME*EMM*EME*EME*EMM
-        1...2...2..31...2...2..3
-
-A dot is a layer of the release's own; a digit, the seam of that number in the report.
-"""
+"""`megacpp strip`: the layers of a recipe as a strip, drawn as text, SVG or PNG."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
 
-from megacpp_nemo.cli.screen import Screen
-from megacpp_nemo.lowering.lower import Lowering
-from megacpp_nemo.lowering.plan import PlannedLayer
-from megacpp_nemo.lowering.seams import Seam
+from megacpp_nemo.cli.given import read_recipe
+from megacpp_nemo.cli.lower import release_of
+from megacpp_nemo.cli.screen import on_terminal
+from megacpp_nemo.cli.usage import Parser, UsageError, add_recipe_options, add_release
+from megacpp_nemo.contract import HybridRecipe
+from megacpp_nemo.lowering.releases import DEFAULT_RELEASE
 
-MARKS = "123456789abcdefghijklmnopqrstuvwxyz"
-LABEL, STEP = 5, 10
-NATIVE_STYLE, BUILT_STYLE, MISSING_STYLE = "green", "yellow", "red"
-
-
-def marks(seams: Sequence[Seam]) -> dict[str, str]:
-    """Return the mark of each seam by its id."""
-    return dict(zip((seam.id for seam in seams), MARKS, strict=False))
+DRAWN = ("svg", "png")
 
 
-def style_of(seam: Seam | None) -> str:
-    """Return how a seam, or a native layer, is painted."""
-    if seam is None:
-        return NATIVE_STYLE
-    return BUILT_STYLE if seam.built else MISSING_STYLE
+def parser(name: str) -> Parser:
+    """Return what `megacpp strip` takes."""
+    made = Parser(
+        name,
+        "RECIPE [FIELD=VALUE ...] [--release R] [--mode M] [--format F] [--out FILE]",
+        "Draw the layers of a recipe: family, native or custom, pipeline stage, and how much of\n"
+        "the model's bytes and operations each is. A FILE ending in .svg or .png says the format.",
+        (
+            "megacpp strip nam56r",
+            "megacpp strip nam56r pipeline_model_parallel_size=2 --release 0.19.0 --out strip.svg",
+        ),
+        ("text", *DRAWN),
+    )
+    add_recipe_options(made)
+    add_release(made, DEFAULT_RELEASE)
+    return made
 
 
-def layer_strip(lowering: Lowering, screen: Screen) -> list[str]:
-    """Return the lines of the main pattern's strip, and of a prediction depth's."""
-    lines = _strip(lowering.layers, lowering.seams, screen)
-    if lowering.prediction:
-        lines += ["", "One multi-token prediction depth:"]
-        lines += _strip(lowering.prediction, lowering.seams, screen)
-    return lines
+def run(given: argparse.Namespace) -> str | bytes:
+    """Return the picture in the format asked for.
+
+    Raises:
+        MegaCppError: If the words mean no recipe, or the picture cannot be drawn.
+    """
+    if not given.words:
+        parser(given.command).refuse("strip needs a recipe", "none", hint="megacpp strip nam56r")
+    if "format" not in given.seen and given.out:
+        ending = given.out.rpartition(".")[2].lower()
+        given.format = ending if ending in DRAWN else given.format
+    if given.format == "png" and on_terminal(None if given.out == "-" else given.out):
+        raise UsageError(
+            "A terminal cannot show a PNG",
+            given="--format png to a terminal",
+            allowed="a file, or a pipe",
+            hint="--out strip.png",
+        )
+    return _drawn(read_recipe(given.words[0], given.words[1:], given.mode), given)
 
 
-def legend(lowering: Lowering, screen: Screen) -> str:
-    """Return what the marks below the layers mean."""
-    native = screen.paint(f"{screen.mark('·', '.')} native", NATIVE_STYLE)
-    by_id = {seam.id: seam for seam in lowering.seams}
-    owners = {layer.owner for layer in (*lowering.layers, *lowering.prediction)}
-    parts = [native]
-    for name, mark in marks(lowering.seams).items():
-        if name in owners:
-            missing = "" if by_id[name].built else " (not built)"
-            parts.append(screen.paint(f"{mark} {name}{missing}", style_of(by_id[name])))
-    bar = f"{_bar(screen)} pipeline stage" if lowering.layers[-1].stage else ""
-    return "   ".join(filter(None, [*parts, bar]))
+def _drawn(recipe: HybridRecipe, given: argparse.Namespace) -> str | bytes:
+    from megacpp_nemo.report.subject import subject
 
+    found = subject(recipe.name, recipe, release_of(given.release))
+    picture = found.picture
+    if given.format == "svg":
+        from megacpp_nemo.report.svg import svg
 
-def _strip(layers: Sequence[PlannedLayer], seams: Sequence[Seam], screen: Screen) -> list[str]:
-    by_id, names = {seam.id: seam for seam in seams}, marks(seams)
-    lines = []
-    for part in _parts(layers, screen.width - LABEL):
-        above, below = "", ""
-        for layer in part:
-            if layer.number > 1 and layers[layer.number - 2].stage != layer.stage:
-                above, below = above + _bar(screen), below + " "
-            style = style_of(by_id.get(layer.owner))
-            mark = screen.mark("·", ".") if layer.native else names.get(layer.owner, "?")
-            above += screen.paint(layer.symbol, style)
-            below += screen.paint(mark, style)
-        lines += [f"{part[0].number:>{LABEL - 2}}  {above}", " " * LABEL + below]
-    return lines
+        return svg(picture)
+    if given.format == "png":
+        from megacpp_nemo.report.png import png
 
+        return png(picture)
+    from megacpp_nemo.cli.strip_text import strip_text
 
-def _bar(screen: Screen) -> str:
-    return screen.mark("│", "|")
-
-
-def _parts(layers: Sequence[PlannedLayer], room: int) -> list[Sequence[PlannedLayer]]:
-    """Return the layers in lines that fit, of a round number of layers where they are several."""
-    bars = layers[-1].stage - layers[0].stage
-    if len(layers) + bars <= room:
-        return [layers]
-    # Where every layer began a stage, each would take two columns.
-    most = room - bars if bars < room // 2 else room // 2
-    size = max(most // STEP * STEP, STEP)
-    return [layers[start : start + size] for start in range(0, len(layers), size)]
+    return strip_text(picture, given.screen, found.refusal)
