@@ -11,7 +11,8 @@ IMPORT_ERROR = None
 def _load():
     global IMPORT_ERROR
     try:
-        import megacpp_nemo.recipes  # noqa: F401
+        import megacpp_nemo.recipes  # noqa: F401 - first: it puts adapters in place
+        from megacpp_nemo.launch import factories  # noqa: F401
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise

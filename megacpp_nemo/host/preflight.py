@@ -43,15 +43,19 @@ def require_packages(config: Any) -> None:
         )
 
 
-def refuse_unbuilt(config: Any) -> None:
+def refuse_unbuilt(config: Any, *, engine: bool | None = None) -> None:
     """Refuse what a configuration asks for and no layer would carry out.
 
     Upstream takes several of these settings and builds nothing for them.
 
+    Args:
+        config: The model's.
+        engine: Whether Transformer Engine is where it will run; looked for here if not given.
+
     Raises:
         RuntimeRefusal: Naming every such setting and what turns it off.
     """
-    asked = [reason for reason in _unbuilt(config) if reason is not None]
+    asked = [reason for reason in _unbuilt(config, engine) if reason is not None]
     if asked:
         raise RuntimeRefusal(
             "The model asks for what is not built here:\n    "
@@ -62,10 +66,11 @@ def refuse_unbuilt(config: Any) -> None:
         )
 
 
-def _unbuilt(config: Any) -> list[tuple[str, str, str] | None]:
+def _unbuilt(config: Any, engine: bool | None) -> list[tuple[str, str, str] | None]:
     from megacpp_nemo.host.compat import transformer_engine_available
 
-    engine = transformer_engine_available()
+    if engine is None:
+        engine = transformer_engine_available()
     families = [f for f in config.families if f not in BUILT]
     depth = f", mtp_pattern {config.mtp_pattern}" if config.mtp_num_layers else ""
     return [

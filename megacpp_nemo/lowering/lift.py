@@ -97,7 +97,7 @@ def _sizes(values: Mapping[str, Any]) -> dict[str, Any]:
     found = {
         row.field: values[spelling.flag]
         for row in ROWS
-        if row.field.startswith("parallelism.")
+        if row.field.startswith("parallelism.") and row.field not in SEVERAL
         for spelling in row.flags
         if spelling.flag in values
     }
@@ -128,13 +128,17 @@ def _switches(values: Mapping[str, Any]) -> dict[str, Any]:
     activation = "gelu"
     for flag, name in (("--swiglu", "swiglu"), ("--squared-relu", "squared_relu")):
         activation = name if values.get(flag) else activation
-    return {
+    found = {
         "precision": precision,
         "model.experts.activation": activation,
     }
+    # Absent, the name of the spec may still say it.
+    recompute = values.get("--recompute-granularity")
+    return found | ({RECOMPUTE: recompute} if recompute else {})
 
 
-SEVERAL = ("precision", "model.experts.activation")
+RECOMPUTE = "parallelism.recompute"
+SEVERAL = ("precision", "model.experts.activation", RECOMPUTE)
 
 
 def _read(values: Mapping[str, Any], plan: Plan) -> dict[str, Any]:

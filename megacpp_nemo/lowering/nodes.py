@@ -17,7 +17,7 @@ DATA = {
 }
 NODES = {
     "": ENTRY,
-    "model": "megacpp_nemo.model.config.HybridModel",
+    "model": "megacpp_nemo.model.module.HybridModel",
     "model.config": "megacpp_nemo.model.config.HybridConfig",
     "trainer": "nemo.lightning.pytorch.trainer.Trainer",
     "trainer.strategy": "megacpp_nemo.host.strategy.HybridStrategy",

@@ -20,6 +20,7 @@ from megacpp_nemo.lowering.ownership import (
     refuse_unowned,
     seam_of,
     slot_of,
+    version_of,
 )
 from megacpp_nemo.lowering.releases import Release
 from megacpp_nemo.lowering.roles import Role, layer_roles, prediction_roles
@@ -211,6 +212,8 @@ def _other_seams(plan: Plan) -> Iterator[Seam]:
     others = [layer.number for layer in plan.layers if layer.role is not Role.EXPERTS]
     if recipe.precision is Precision.FP8_EXPERTS and others:
         yield SEAMS["fp8-experts"].at(others)
+    if recipe.parallelism.recompute == "full" and _before(SEAMS["recompute"], plan.release):
+        yield SEAMS["recompute"].at(layer.number for layer in plan.layers)
     if recipe.model.mtp.num_layers and not plan.native_mtp:
         yield SEAMS["mtp"]
     if features.ngram_hash:
@@ -222,3 +225,9 @@ def _other_seams(plan: Plan) -> Iterator[Seam]:
         yield SEAMS["documents"].at(x.number for x in plan.layers if x.role in stateful)
     for name in recipe.plasticity.on:
         yield SEAMS[name].at(acted_layers(recipe.plasticity, name, recipe.layers, features))
+
+
+def _before(seam: Seam, release: Release) -> bool:
+    """Whether a release is one before the first that has a seam itself."""
+    since = seam.native_since
+    return since is None or version_of(release.package_version) < version_of(since)

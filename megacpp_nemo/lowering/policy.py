@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megacpp_nemo.contract.errors import LoweringError, nearest
+from megacpp_nemo.contract.parallelism import Parallelism
 from megacpp_nemo.lowering.plan import Plan
 from megacpp_nemo.lowering.roles import Role
 from megacpp_nemo.lowering.values import spelled
@@ -130,13 +131,30 @@ def make_policy(plan: Plan, options: LaunchOptions | None = None) -> LaunchPolic
         entry_script=plan.release.entry_script,
         num_nodes=parallelism.num_nodes,
         devices_per_node=parallelism.devices_per_node,
-        environment=_environment(plan, options),
+        environment=environment(parallelism, options),
         arguments=(*_graph_flags(plan, options.cuda_graphs), *_loading_flags(options)),
     )
 
 
-def _environment(plan: Plan, options: LaunchOptions) -> dict[str, str]:
-    parallelism = plan.recipe.parallelism
+def environment(
+    parallelism: Parallelism, options: LaunchOptions, *, cuda: bool = True
+) -> dict[str, str]:
+    """Return the variables of a launch, sorted by name; those of `options` win.
+
+    Args:
+        parallelism: The layout.
+        options: What the user decides.
+        cuda: Whether it runs on GPUs; without them only caches and `options` are left.
+    """
+    values = _of_gpus(parallelism, options) if cuda else {}
+    if options.cache_dir:
+        values["TORCHINDUCTOR_CACHE_DIR"] = f"{options.cache_dir}/torchinductor"
+        values["TRITON_CACHE_DIR"] = f"{options.cache_dir}/triton"
+    values.update(options.environment)
+    return dict(sorted(values.items()))
+
+
+def _of_gpus(parallelism: Parallelism, options: LaunchOptions) -> dict[str, str]:
     values = {
         "NCCL_NVLS_ENABLE": "0",
         "NVTE_BWD_LAYERNORM_SM_MARGIN": "16",
@@ -150,11 +168,7 @@ def _environment(plan: Plan, options: LaunchOptions) -> dict[str, str]:
     if shared and not options.blackwell:
         # Megatron orders communication and computation by their place in one queue.
         values["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-    if options.cache_dir:
-        values["TORCHINDUCTOR_CACHE_DIR"] = f"{options.cache_dir}/torchinductor"
-        values["TRITON_CACHE_DIR"] = f"{options.cache_dir}/triton"
-    values.update(options.environment)
-    return dict(sorted(values.items()))
+    return values
 
 
 def _loading_flags(options: LaunchOptions) -> list[str]:
@@ -169,6 +183,12 @@ def _loading_flags(options: LaunchOptions) -> list[str]:
 def _graph_flags(plan: Plan, parts: tuple[str, ...]) -> list[str]:
     if not parts:
         return []
+    if plan.recipe.parallelism.recompute == "full":
+        raise _graph_refusal(
+            "Parts of a layer that is computed again whole cannot be captured",
+            parts,
+            "no cuda_graphs, or parallelism.recompute=none",
+        )
     for part in parts:
         _check_graph(plan, part)
     if "moe_preprocess" in parts and "moe_router" not in parts:

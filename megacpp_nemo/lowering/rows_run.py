@@ -8,6 +8,7 @@ from megacpp_nemo.contract.recipe import HybridRecipe
 from megacpp_nemo.contract.training import Precision
 from megacpp_nemo.lowering.readers import EXPERTS
 from megacpp_nemo.lowering.row import CONFIG, Condition, Row, Spelling
+from megacpp_nemo.lowering.rows_recompute import RECOMPUTE_ROWS
 
 GPU_PACKAGES = ("transformer_engine", "mamba_ssm", "causal_conv1d")
 SAMPLES = "data.num_train_samples"
@@ -274,4 +275,4 @@ PLACE_ROWS: tuple[Row, ...] = (
     ),
 )
 
-RUN_ROWS = (*PLACE_ROWS, *PARALLEL_ROWS, *TRAINING_ROWS)
+RUN_ROWS = (*PLACE_ROWS, *PARALLEL_ROWS, *RECOMPUTE_ROWS, *TRAINING_ROWS)

@@ -151,6 +151,18 @@ _ALL = (
         off="precision=bf16",
     ),
     Seam(
+        id="recompute",
+        kind=Kind.STACK,
+        what="every layer computed again in the backward pass",
+        owner="megacpp_nemo.model.recompute",
+        built=True,
+        reason="the release's hybrid stack takes the flags and keeps everything",
+        native_since="0.18",
+        graduates="a hybrid stack that recomputes its layers",
+        evidence="tests/spec, tests/model/test_recompute.py",
+        off="parallelism.recompute=none",
+    ),
+    Seam(
         id="mtp",
         kind=Kind.HEAD,
         what="multi-token prediction",

@@ -6,7 +6,8 @@ and the documentation read it. A test holds it complete: adding a field to the c
 a row fails.
 
 The rows stand in `rows_model` and `rows_blocks` (what the model is), `rows_run` (how a run goes),
-`rows_plasticity` (what is done to a run in progress) and `rows_fixed` (what every recipe fixes).
+`rows_recompute` (what it computes twice), `rows_plasticity` (what is done to a run in progress) and
+`rows_fixed` (what every recipe fixes).
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Data to edit: executors, profiles and pinned versions."""
