@@ -1,6 +1,7 @@
 # make train   install into .venv and train nam56r_tiny on real C++
 # make test    install into .venv and run lint, format check, type check and tests
 # make docs    write the generated pages and renew the outputs shown in the others
+# make site    the documentation as a site, in build/site
 #
 # PYTHON picks the interpreter, RUN the folder of the run: `make train RUN=runs/mine` resumes
 # that run, or starts it.
@@ -13,13 +14,13 @@ BIN := $(VENV)/bin
 CONSTRAINTS := configs/constraints-cpu.txt
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: train test lint docs clean
+.PHONY: train test lint docs site clean
 
 train: $(VENV)/.installed
 	$(BIN)/nemo llm pretrain --factory "nam56r_tiny(log_dir='$(RUN)')" --yes
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -29,6 +30,10 @@ lint: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python docs/generate.py
+
+site: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "Open build/site/index.html"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,5 +1,7 @@
 """Order of the tests: those that fork come before those that leave threads behind.
 
+That is so in every worker of pytest-xdist too, which `--dist loadfile` hands files in their order.
+
 Small C++ sources and one starting checkpoint are shared by every run of a test.
 
 `--megatron-sources DIR` turns on the tests that read real Megatron-LM trees, `DIR/<release>/`.
@@ -8,10 +10,26 @@ Small C++ sources and one starting checkpoint are shared by every run of a test.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# One core for each worker, and for each process that a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Workers are started with the size of a terminal that is not theirs.
+for size in ("COLUMNS", "LINES"):
+    os.environ.pop(size, None)
+# With another test on the other core, an example now and then takes longer than the rest.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep pytest-xdist from starting with the files that have the most tests."""
+    config.option.loadscopereorder = False
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

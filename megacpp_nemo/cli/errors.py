@@ -14,10 +14,12 @@ OPTIONS = {
     "release": "--release",
     "seams": "--seams",
     "mode": "--mode",
+    "gpu": "--gpu",
     "name": "--name",
     "out": "--out",
     "target": "--target",
     "cache_dir": "--cache-dir",
+    "--as": "--as",
     "--format": "--format",
     "--color": "--color",
 }

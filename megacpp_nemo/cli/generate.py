@@ -82,7 +82,7 @@ def run(given: argparse.Namespace) -> str:
 def _complete(
     folder: Path, prompt: str, max_new_tokens: int | None, drawing: dict[str, Any]
 ) -> Any:
-    with _quiet():
+    with quiet():
         from megacpp_nemo.model.completion import complete
         from megacpp_nemo.model.sampling import Sampling
 
@@ -90,7 +90,7 @@ def _complete(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep what NeMo and Megatron print away from the output, all but errors."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)

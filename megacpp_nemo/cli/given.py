@@ -31,12 +31,17 @@ def read_recipe(word: str, changes: Sequence[str] = (), mode: str | None = None)
         UsageError: If a word is no `field=value`.
         MegaCppError: If there is no such recipe or field, or the result contradicts itself.
     """
-    name, *own = _CHANGE.split(word)
+    name, *own = parts_of(word)
     fields, modes = read_changes([*own, *changes])
     if modes is not None and mode is not None and modes != mode:
         raise _two_modes(f"--mode {mode}", f"mode={modes}")
     chosen = [found for found in (modes, mode) if found is not None]
     return recipe(name, mode=chosen[0] if chosen else "nemo_native", changes=fields)
+
+
+def parts_of(word: str) -> list[str]:
+    """Return a recipe's name and the changes that its word carries."""
+    return _CHANGE.split(word)
 
 
 def _two_modes(one: str, other: str) -> UsageError:

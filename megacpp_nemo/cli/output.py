@@ -34,7 +34,7 @@ def native_path(text: str) -> str:
 
 
 def write(
-    text: str,
+    text: str | bytes,
     *,
     screen: Screen,
     out: str | None = None,
@@ -44,7 +44,7 @@ def write(
     """Write text to the file `out`, or to standard output.
 
     Args:
-        text: What to write.
+        text: What to write; bytes, of a picture, are written as they are.
         screen: How standard output draws.
         out: File; None for standard output.
         exact: Whether the bytes must be the same everywhere; other text shows its control
@@ -55,15 +55,17 @@ def write(
         OutputError: If the file, or standard output, cannot be written.
         OutputLost: If nobody reads standard output any more.
     """
-    if not exact:
-        text = visible(text, painted=screen.color)
-    data = text.encode("utf-8", "surrogateescape")
+    if isinstance(text, bytes):
+        data = printed = text
+    else:
+        text = text if exact else visible(text, painted=screen.color)
+        data = printed = text.encode("utf-8", "surrogateescape")
+        if not exact and not screen.unicode:
+            printed = text.encode("ascii", "backslashreplace")
     if out is not None:
         _replace(out, data, 0o777 if executable else 0o666)
-    elif exact or screen.unicode:
-        _print(data)
     else:
-        _print(text.encode("ascii", "backslashreplace"))
+        _print(printed)
 
 
 def say(line: str) -> None:

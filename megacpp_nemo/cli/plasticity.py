@@ -14,7 +14,7 @@ from megacpp_nemo.cli.usage import Parser, UsageError, add_recipe_options, whole
 from megacpp_nemo.contract.parameters import TARGETS, Selection
 from megacpp_nemo.lowering.features import ranges
 from megacpp_nemo.planner.levers import FireCost, Placed, fire_cost, placement
-from megacpp_nemo.planner.parameters import inventory
+from megacpp_nemo.planner.parameters import parameters
 
 REPORT = "report"
 
@@ -71,14 +71,13 @@ def run(given: argparse.Namespace) -> str:
         families=tuple(filter(None, given.families.split(","))),
         layers=_numbers(given.layers),
     )
-    known = inventory(recipe)
-    placed = placement(known.parameters, selection)
+    placed = placement(parameters(recipe), selection)
     chosen = [item for item in placed if item.refusal is None]
     selection.check(recipe.layers, len(chosen))
     cost = fire_cost(placed, iterations=given.iterations)
     if given.format == "json":
-        return to_json(_data(recipe.name, selection, placed, known.unknown, cost))
-    return _text(f"{recipe.name}, target {selection.target}", placed, known.unknown, cost, given)
+        return to_json(_data(recipe.name, selection, placed, cost))
+    return _text(f"{recipe.name}, target {selection.target}", placed, cost, given)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -121,7 +120,6 @@ def _groups(placed: Iterable[Placed]) -> dict[_Group, list[Placed]]:
 def _text(
     title: str,
     placed: Sequence[Placed],
-    unknown: Sequence[str],
     cost: FireCost,
     given: argparse.Namespace,
 ) -> str:
@@ -140,8 +138,6 @@ def _text(
         screen.heading("Left alone"),
         _table(screen, {key: own for key, own in groups.items() if key.refusal is not None}),
     ]
-    if unknown:
-        parts += ["", screen.wrapped(f"Not built yet, and not counted: {', '.join(unknown)}.")]
     parts += [
         "",
         screen.wrapped(
@@ -170,14 +166,12 @@ def _data(
     name: str,
     selection: Selection,
     placed: Sequence[Placed],
-    unknown: Sequence[str],
     cost: FireCost,
 ) -> dict[str, Any]:
     return {
         "schema": 1,
         "recipe": name,
         "selection": vars(selection),
-        "not_built": list(unknown),
         "fire": vars(cost),
         "matrices": [
             {

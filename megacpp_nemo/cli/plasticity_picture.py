@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megacpp_nemo.contract.errors import DataError
+from megacpp_nemo.runs.page import document
 
 COLORS = {"fire": "tab:red", "dash": "tab:blue", "shrink": "tab:cyan", "redo": "tab:green"}
 TOP_MATRICES = 12
@@ -135,23 +136,11 @@ def page(story: Story, title: str, picture: bytes) -> str:
     """Return picture and tables as one HTML file."""
     encoded = base64.b64encode(picture).decode()
     tables = "\n".join(_action(action) for action in story.actions if action["event"] == "action")
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem }}
-body {{ margin: 2rem auto; padding: 0 1rem }}
-img {{ max-width: 100% }}
-table {{ border-collapse: collapse; font-size: 14px; display: block; overflow-x: auto }}
-td, th {{ border: 1px solid #bbb; padding: .2rem .5rem; text-align: right }}
-td:first-child, th:first-child {{ text-align: left }}
-</style></head><body>
-<h1>{html.escape(title)}</h1>
-<img alt="Curves of the run" src="data:image/png;base64,{encoded}">
-{tables or "<p>No lever has acted yet.</p>"}
-</body></html>
-"""
+    body = (
+        f'<img alt="Curves of the run" src="data:image/png;base64,{encoded}">\n'
+        f"{tables or '<p>No lever has acted yet.</p>'}"
+    )
+    return document(title, body)
 
 
 def _action(action: Mapping[str, Any]) -> str:

@@ -62,9 +62,14 @@ class Screen:
         return f"\n{indent}".join(_wrapped(text, max(self.width - len(indent), NARROWEST // 2)))
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str | Cell]]) -> str:
-        """Return a table that fits the width, long cells on several lines."""
+        """Return a table that fits the width, long cells on several lines.
+
+        Where the columns are too many even for that, each row becomes a block of lines.
+        """
         cells = [[c if isinstance(c, Cell) else Cell(c) for c in row] for row in rows]
         widths = self._widths(head, cells)
+        if widths is None:
+            return "\n".join(line for row in cells for line in self._block(head, row))
         rule = [self.mark("─", "-") * width for width in widths]
         lines = [
             *self._lines([Cell(text, "bold") for text in head], widths),
@@ -74,21 +79,33 @@ class Screen:
             lines += self._lines(row, widths)
         return "\n".join(lines)
 
-    def _widths(self, head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[int]:
+    def _widths(self, head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[int] | None:
+        """Return the widths of columns that fit; None if they cannot without cutting short words."""
         columns = [[Cell(name), *cells] for name, *cells in zip(head, *rows, strict=True)]
         widths = [
             max(len(line) for c in column for line in c.text.split("\n")) for column in columns
         ]
         room = self.width - len(GAP) * (len(head) - 1)
-        # Short words stay whole as long as there is room; where there is none, nothing does.
-        for longest in (WORD, WORD // 2, 1):
+        # Words stay whole as long as there is room, and short ones in any case.
+        for longest in (WORD, WORD // 2):
             least = [_longest_word(column, longest) for column in columns]
             while sum(widths) > room:
                 slack = [width > low for width, low in zip(widths, least, strict=True)]
                 if not any(slack):
                     break
                 widths[max(range(len(widths)), key=lambda i: (slack[i], widths[i]))] -= 1
-        return widths
+        return widths if sum(widths) <= room else None
+
+    def _block(self, head: Sequence[str], row: Sequence[Cell]) -> list[str]:
+        """Return a row as its first cell, and each other one behind its column's name."""
+        label = max(map(len, head[1:]), default=0)
+        room = max(self.width - label - 2 * len(GAP), NARROWEST // 4)
+        lines = [self.paint(part, row[0].style) for part in _wrapped(row[0].text, self.width)]
+        for name, cell in zip(head[1:], row[1:], strict=True):
+            for part in _wrapped(cell.text, room) if cell.text else ():
+                lines.append(f"{GAP}{name:<{label}}{GAP}{self.paint(part, cell.style)}")
+                name = ""
+        return lines
 
     def _lines(self, row: Sequence[Cell], widths: Sequence[int]) -> list[str]:
         columns = [_wrapped(cell.text, width) for cell, width in zip(row, widths, strict=True)]

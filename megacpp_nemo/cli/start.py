@@ -25,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `megacpp` with these arguments, those of the process by default.
 
     Returns:
-        0 done, 2 wrong usage, 3 refused; 130 interrupted and 141 nobody reads the output.
+        0 done, 2 wrong usage, 3 refused; 130 interrupted and 141 nobody reads the output. A
+        command may end with a status of its own, as `doctor` does where something is broken.
     """
     words = [received(word) for word in (sys.argv[1:] if argv is None else argv)]
     try:
@@ -68,7 +69,7 @@ def _run(words: list[str]) -> int:
     write(text, screen=given.screen, out=out, exact=exact, executable=executable)
     if out:
         say(f"Wrote {visible(native_path(out))}")
-    return DONE
+    return int(given.status)
 
 
 def _file(out: str | None) -> str | None:

@@ -32,13 +32,22 @@ class Command(NamedTuple):
 COMMANDS = (
     Command("lower", "lower", "a recipe as Megatron's command line, with its seams"),
     Command("seams", "lower", "what of a recipe Megatron does not own"),
+    Command("strip", "strip", "the layers of a recipe as a picture, with what each costs"),
+    Command("report", "report", "a recipe as one HTML page: layers, sizes, memory, command"),
+    Command("plan", "plan", "what a recipe costs: parameters, operations, memory, traffic"),
+    Command("balance", "balance", "pipeline stages of a recipe that have equally much to do"),
+    Command("fit", "fit", "the layouts of a recipe that fit some GPUs, and why others do not"),
     Command("lift", "lift", "a Megatron command line as a recipe"),
     Command("audit", "changes", "what moving a recipe to another release changes"),
     Command("diff", "changes", "how two recipes differ"),
     Command("table", "table", "every setting and all its places"),
     Command("matrix", "matrix", "which recipes lower to which releases, with which seams"),
+    Command("launch", "launch", "a recipe here or on a cluster, started by NeMo-Run"),
     Command("plasticity", "plasticity", "what a lever touches in a model, or did in a run"),
     Command("generate", "generate", "how the model of a run goes on with a text"),
+    Command("runs", "runs", "the runs in a folder: step, loss, rate, recipe"),
+    Command("show", "show", "the curves of a run, drawn"),
+    Command("doctor", "doctor", "what works on this machine, and what repairs the rest"),
     Command("releases", "releases", "the Megatron releases that are known, and new ones"),
 )
 
@@ -61,7 +70,7 @@ examples:
   megacpp lower nam56r precision=fp8 --release 0.19.0 --format shell --out run.sh
   megacpp audit nam56r --from 0.16.1 --to 0.19.0
 
-Exit status: 0 done, 2 wrong usage, 3 refused.
+Exit status: 0 done, 2 wrong usage, 3 refused; of doctor, 1 something is broken.
 """
 
 
@@ -154,6 +163,7 @@ class Parser(argparse.ArgumentParser):
                 self._refuse_option(word.partition("=")[0])
         given.command, given.words = self.name, others
         given.rest = list(words[cut + 1 :]) if cut < len(words) else None
+        given.status = 0
         if given.rest and not self.takes_rest:
             self.refuse(f"{self.name} takes no words behind '--'", " ".join(words[cut:]))
         if given.out == "":

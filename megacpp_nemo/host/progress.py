@@ -95,10 +95,13 @@ class RunSummary(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Validate the final weights, unless the last validation did."""
-        loop = trainer.fit_loop.epoch_loop.val_loop
+        steps = trainer.fit_loop.epoch_loop
         if self.final_step != trainer.global_step and trainer.enable_validation:
             trainer.validating = True
-            loop.run()
+            # In the curves it stands at the last step, as a validation within training would.
+            steps._batches_that_stepped -= 1
+            steps.val_loop.run()
+            steps._batches_that_stepped += 1
             trainer.training = True
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:

@@ -8,8 +8,8 @@ import subprocess
 
 import pytest
 
+from megacpp_nemo.cli.layer_strip import layer_strip
 from megacpp_nemo.cli.screen import Screen
-from megacpp_nemo.cli.strip import layer_strip
 from megacpp_nemo.contract import recipe
 from megacpp_nemo.lowering.lower import lower
 from megacpp_nemo.lowering.policy import LaunchOptions

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -53,6 +53,7 @@ from megacpp_nemo.cli import main
 commands = (
     ["lower", "nam56r", "--format", "md"],
     ["seams", "nam56r"],
+    ["strip", "nam56r"],
     ["audit", "nam56r", "--from", "0.16.1", "--to", "0.19.0"],
     ["diff", "nam52", "nam56r"],
     ["releases"],
@@ -67,7 +68,7 @@ print("\\n", codes, [name for name in {HEAVY!r} if name in sys.modules])
     done = subprocess.run(
         [sys.executable, "-S", "-c", script], env=own, capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines()[-1] == " [0, 0, 0, 0, 0, 0, 0, 3] []"
+    assert done.stdout.splitlines()[-1] == " [0, 0, 0, 0, 0, 0, 0, 0, 3] []"
 
 
 @pytest.mark.parametrize("form", ["json", "argv", "shell", "md"])
@@ -109,14 +110,20 @@ def test_a_full_disk_is_an_error_and_not_a_traceback():
     assert done.stderr.startswith(b"megacpp: Standard output cannot be written\n")
 
 
+def processor_seconds() -> float:
+    """Return what the ended children of this process have used."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_it_takes_at_most_three_empty_pythons_and_60_ms():
     commands = ([sys.executable, "-c", "pass"], [*MEGACPP, "lower", "nam56r"])
     seconds: list[list[float]] = [[], []]
     for _ in range(7):
         for command, found in zip(commands, seconds, strict=True):
-            start = time.perf_counter()
+            start = processor_seconds()
             subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
-            found.append(time.perf_counter() - start)
+            found.append(processor_seconds() - start)
     # The fastest of several: other work on the machine only ever adds.
     assert min(seconds[1]) <= 3 * min(seconds[0]) + 0.06
 

@@ -57,7 +57,8 @@ WORDS = st.sampled_from(["x", "a b", "M*E-", "", "1", "-", "-5", "-.5", "x=y", "
 
 def texts(flag: Flag) -> st.SearchStrategy[str]:
     if flag.choices is not None:
-        return st.sampled_from(list(map(str, flag.choices)))
+        # None among them is a default's: no word says it.
+        return st.sampled_from([str(choice) for choice in flag.choices if choice is not None])
     if flag.type == "int":
         return st.integers().map(str)
     if flag.type == "float":

@@ -6,12 +6,15 @@ many modules. Forking gives each run a clean process at no cost, and as many ran
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import multiprocessing
 import os
+import random
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -27,23 +30,23 @@ def in_processes(
     with its text; `kill_after` seconds, or `TIMEOUT_S`, end all of them.
     """
     context = multiprocessing.get_context("fork")
-    port = _free_port()
     workers, pipes = [], []
-    for rank in range(ranks):
-        ours, theirs = context.Pipe(duplex=False)
-        worker = context.Process(
-            target=_work, args=(theirs, rank, ranks, port, function, args), daemon=False
-        )
-        worker.start()
-        theirs.close()
-        workers.append(worker)
-        pipes.append(ours)
-    try:
-        return _collect(pipes, kill_after or TIMEOUT_S)
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.join()
+    with _own_port() as port:
+        for rank in range(ranks):
+            ours, theirs = context.Pipe(duplex=False)
+            worker = context.Process(
+                target=_work, args=(theirs, rank, ranks, port, function, args), daemon=False
+            )
+            worker.start()
+            theirs.close()
+            workers.append(worker)
+            pipes.append(ours)
+        try:
+            return _collect(pipes, kill_after or TIMEOUT_S)
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.join()
 
 
 def in_process(function: Callable[..., Any], *args: Any) -> Any:
@@ -87,6 +90,8 @@ def _work(
     try:
         import torch
 
+        # A collection would visit, and so copy, every object that this process shares.
+        gc.freeze()
         torch.set_num_threads(1)
         pipe.send((True, function(*args)))
     except BaseException as error:
@@ -99,7 +104,21 @@ def _work(
         os._exit(0)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@contextlib.contextmanager
+def _own_port() -> Iterator[int]:
+    """Yield a free port that no other test of this machine takes meanwhile.
+
+    It is below those that the system hands out: one of them may be handed out twice before a
+    rank listens on it, and tests run side by side.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket(socket.AF_UNIX) as claim:
+            try:
+                claim.bind(f"\0megacpp-tests-{port}")
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            yield port
+            return

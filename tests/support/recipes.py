@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,8 +17,20 @@ MATRIX_LEVERS = ("fire", "dash", "shrink")
 # Mixtures that some release owns whole are as frequent as those with everything in them.
 LETTERS = ("A", "AM", "EM", "AEM", "AEMR", "AEMG", "DEM", "ADEMGR")
 FLOATS = st.floats(1e-9, 0.5)
+RANKS = "model.sparse_attention.a_ranks"
 SIZES = st.sampled_from((16, 32, 48, 64, 128))
 FOLDERS = st.sampled_from((None, "/data/one", "relative/two words", "/x-y_z.1"))
+
+
+@functools.lru_cache(maxsize=None, typed=True)
+def one_of(*values: Any) -> st.SearchStrategy[Any]:
+    """Return the strategy that draws one of these; making each anew takes a fifth of the time."""
+    return st.sampled_from(values)
+
+
+@functools.cache
+def _letters(alphabet: str, longest: int) -> st.SearchStrategy[str]:
+    return st.text(alphabet, min_size=1, max_size=longest)
 
 
 @st.composite
@@ -25,7 +38,7 @@ def recipes(draw: st.DrawFn) -> HybridRecipe:
     """Draw a recipe: any pattern with or without stages, sizes that divide, any features."""
     layout = draw(_layouts())
     changes = {
-        "name": draw(st.sampled_from(("mine", "nam56r", "a name"))),
+        "name": draw(one_of("mine", "nam56r", "a name")),
         **layout,
         **draw(_patterns(layout)),
         **draw(_shapes()),
@@ -43,8 +56,8 @@ def recipes(draw: st.DrawFn) -> HybridRecipe:
 
 @st.composite
 def _layouts(draw: st.DrawFn) -> dict[str, Any]:
-    tensor = draw(st.sampled_from((1, 1, 2)))
-    stages = draw(st.sampled_from((1, 1, 2, 4)))
+    tensor = draw(one_of(1, 1, 2))
+    stages = draw(one_of(1, 1, 2, 4))
     distributed = draw(st.booleans())
     reduce = draw(st.booleans())
     return {
@@ -52,16 +65,17 @@ def _layouts(draw: st.DrawFn) -> dict[str, Any]:
         "parallelism.sequence_parallel": tensor > 1,
         "parallelism.pipeline_model_parallel_size": stages,
         "parallelism.virtual_pipeline_model_parallel_size": draw(
-            st.sampled_from((None, None, 2)) if stages > 1 else st.none()
+            one_of(None, None, 2) if stages > 1 else st.none()
         ),
-        "parallelism.context_parallel_size": draw(st.sampled_from((1, 1, 1, 2))),
-        "parallelism.expert_model_parallel_size": draw(st.sampled_from((1, 1, 2))),
-        "parallelism.expert_tensor_parallel_size": draw(st.sampled_from((None, None, 1))),
-        "parallelism.num_nodes": draw(st.sampled_from((1, 2, 4))),
+        "parallelism.context_parallel_size": draw(one_of(1, 1, 1, 2)),
+        "parallelism.expert_model_parallel_size": draw(one_of(1, 1, 2)),
+        "parallelism.expert_tensor_parallel_size": draw(one_of(None, None, 1)),
+        "parallelism.num_nodes": draw(one_of(1, 2, 4)),
         "parallelism.devices_per_node": 16,
         "parallelism.use_distributed_optimizer": distributed,
         "parallelism.overlap_grad_reduce": reduce,
         "parallelism.overlap_param_gather": distributed and reduce and draw(st.booleans()),
+        "parallelism.recompute": draw(one_of("none", "none", "full")),
     }
 
 
@@ -70,7 +84,7 @@ def _patterns(draw: st.DrawFn, layout: dict[str, Any]) -> dict[str, Any]:
     parts = layout["parallelism.pipeline_model_parallel_size"] * (
         layout["parallelism.virtual_pipeline_model_parallel_size"] or 1
     )
-    letters = st.text(draw(st.sampled_from(LETTERS)), min_size=1, max_size=5)
+    letters = _letters(draw(one_of(*LETTERS)), 5)
     if parts > 1 and draw(st.booleans()):
         pattern = "|".join(draw(st.lists(letters, min_size=parts, max_size=parts)))
         return {"pattern": pattern, "depth": len(pattern.replace("|", ""))}
@@ -90,17 +104,18 @@ def _features(draw: st.DrawFn, changes: dict[str, Any]) -> dict[str, Any]:
         "features.experts": experts,
         "features.latent_attention": latent,
         "features.sparse_attention": sparse,
-        "features.mamba": draw(st.sampled_from(("native", "native", "author"))),
-        "features.mamba_path": draw(
-            st.sampled_from(("auto", "auto", "auto", "auto", "fused", "portable"))
-        ),
+        "features.mamba": draw(one_of("native", "native", "author")),
+        "features.mamba_path": draw(one_of("auto", "auto", "auto", "auto", "fused", "portable")),
         "features.ngram_hash": draw(st.booleans()),
-        "features.structure": draw(st.sampled_from((None, None, "core", "all"))),
-        "features.kernels": draw(st.sampled_from(("required", "available"))),
+        "features.structure": draw(one_of(None, None, "core", "all")),
+        "features.kernels": draw(one_of("required", "available")),
         "features.reset_state": draw(st.booleans()),
-        "model.sparse_attention.a_ranks": sorted(draw(ranks)) if "A" in laid else (),
-        "precision": draw(st.sampled_from(precisions)),
+        RANKS: sorted(draw(ranks)) if "A" in laid else (),
+        "precision": draw(one_of(*precisions)),
     }
+    cores = "A" in laid and "D" not in laid and not (sparse and found[RANKS])
+    if cores and draw(st.booleans()):
+        found["parallelism.recompute"] = draw(one_of("selective", "none"))
     if "E" not in laid or not experts:
         found["parallelism.expert_model_parallel_size"] = 1
     return found
@@ -112,10 +127,10 @@ def _levers(draw: st.DrawFn, changes: dict[str, Any]) -> dict[str, Any]:
     depth, last = changes["depth"], changes["schedule.train_steps"]
     steps = st.sets(st.integers(1, last), max_size=3).map(sorted)
     layers = st.lists(st.integers(1, depth), max_size=2)
-    boundaries = st.sampled_from(((), (), ("data",), ("context", "data")))
+    boundaries = one_of((), (), ("data",), ("context", "data"))
     letters = sorted(set(changes["pattern"].replace("|", "")[:depth]))
-    families = st.sampled_from(((), (), (letters[0],), tuple(letters)))
-    targets = st.sampled_from(("all", "all", *TARGETS))
+    families = one_of((), (), (letters[0],), tuple(letters))
+    targets = one_of("all", "all", *TARGETS)
     found: dict[str, Any] = {}
     for name in ("fire", "dash", "shrink"):
         found[f"{name}.target"], found[f"{name}.families"] = draw(targets), draw(families)
@@ -144,8 +159,8 @@ def _levers(draw: st.DrawFn, changes: dict[str, Any]) -> dict[str, Any]:
 
 @st.composite
 def _shapes(draw: st.DrawFn) -> dict[str, Any]:
-    heads = draw(st.sampled_from((2, 8, 12, 16, 32)))
-    experts = draw(st.sampled_from((2, 4, 8)))
+    heads = draw(one_of(2, 8, 12, 16, 32))
+    experts = draw(one_of(2, 4, 8))
     names = (
         "hidden_size", "ffn_hidden_size", "seq_length", "attention.head_dim", "latent.q_lora_rank",
         "latent.kv_lora_rank", "latent.qk_head_dim", "latent.qk_pos_emb_head_dim",
@@ -157,42 +172,42 @@ def _shapes(draw: st.DrawFn) -> dict[str, Any]:
     return {
         **{f"model.{name}": draw(SIZES) for name in names},
         "model.attention.num_heads": heads,
-        "model.attention.num_query_groups": draw(st.sampled_from((heads, heads // 2))),
-        "model.mamba.num_groups": draw(st.sampled_from((4, 8))),
-        "model.mamba.conv_width": draw(st.sampled_from((4, 4, 2))),
+        "model.attention.num_query_groups": draw(one_of(heads, heads // 2)),
+        "model.mamba.num_groups": draw(one_of(4, 8)),
+        "model.mamba.conv_width": draw(one_of(4, 4, 2)),
         "model.latent.layernorm": draw(st.booleans()),
         "model.rotary_base": draw(st.integers(1, 10**7)),
         "model.norm_epsilon": draw(FLOATS),
         "model.experts.num_experts": experts,
         "model.experts.topk": draw(st.integers(1, min(experts, 4))),
-        "model.experts.shared_expert_size": draw(st.sampled_from((0, 64))),
-        "model.experts.activation": draw(st.sampled_from(("gelu", "squared_relu", "swiglu"))),
-        "model.experts.aux_loss_coeff": draw(st.sampled_from((0.0, 1e-4)) | FLOATS),
+        "model.experts.shared_expert_size": draw(one_of(0, 64)),
+        "model.experts.activation": draw(one_of("gelu", "squared_relu", "swiglu")),
+        "model.experts.aux_loss_coeff": draw(one_of(0.0, 1e-4) | FLOATS),
         "model.recurrent.state_gradient_clip": draw(FLOATS),
-        "model.embedding.ngram.orders": draw(st.sampled_from(((2,), (2, 3)))),
+        "model.embedding.ngram.orders": draw(one_of((2,), (2, 3))),
         "model.mtp.num_layers": draw(st.integers(0, 2)),
-        "model.mtp.pattern": draw(st.text("AEMG", min_size=1, max_size=3)),
+        "model.mtp.pattern": draw(_letters("AEMG", 3)),
         "model.mtp.loss_scaling_factor": draw(FLOATS),
     }
 
 
 @st.composite
 def _runs(draw: st.DrawFn) -> dict[str, Any]:
-    corpus = draw(st.sampled_from(("indexed", "indexed", "sources")))
-    paths = st.sampled_from(((), ("/data/a",), ("30", "/data/a", "70", "b c")))
+    corpus = draw(one_of("indexed", "indexed", "sources"))
+    paths = one_of((), ("/data/a",), ("30", "/data/a", "70", "b c"))
     return {
         "corpus": corpus,
         "files.data_path": draw(paths) if corpus == "indexed" else (),
-        "files.split": draw(st.sampled_from(("900,50,50", "99,1,0"))),
+        "files.split": draw(one_of("900,50,50", "99,1,0")),
         "files.tokenizer_dir": draw(FOLDERS),
         "files.run_dir": draw(FOLDERS),
-        "batch.micro_batch_size": draw(st.sampled_from((1, 2))),
+        "batch.micro_batch_size": draw(one_of(1, 2)),
         "batch.global_batch_size": 512,
         "schedule.lr": draw(FLOATS),
         "schedule.min_lr": 0.0,
-        "schedule.weight_decay": draw(st.sampled_from((0.0, 0.01))),
-        "schedule.warmup_steps": draw(st.sampled_from((0, 10, 2_000))),
-        "schedule.decay_steps": draw(st.sampled_from((20, 100_000))),
+        "schedule.weight_decay": draw(one_of(0.0, 0.01)),
+        "schedule.warmup_steps": draw(one_of(0, 10, 2_000)),
+        "schedule.decay_steps": draw(one_of(20, 100_000)),
         "schedule.train_steps": draw(st.integers(1, 10**6)),
         "schedule.seed": draw(st.integers(0, 2**31 - 1)),
         "cadence.eval_batches": draw(st.integers(1, 99)),
@@ -218,6 +233,7 @@ WORDS: dict[str, tuple[Any, ...]] = {
     "files.run_dir": ("/elsewhere", None),
     "parallelism.virtual_pipeline_model_parallel_size": (2, None),
     "parallelism.expert_tensor_parallel_size": (1, 2, None),
+    "parallelism.recompute": ("full", "selective", "none"),
     **{f"plasticity.{name}.target": ("attention", "experts", "all") for name in MATRIX_LEVERS},
     **{f"plasticity.{name}.families": (("A",), ("M", "E"), ()) for name in MATRIX_LEVERS},
     **{f"plasticity.{name}.layers": ((1,), (2, 1), ()) for name in LEVERS},

@@ -52,9 +52,19 @@ def write_sources(folder: Path, files: int = 40, seed: int = 0) -> Path:
 
 
 def configure(
-    intent: HybridRecipe, sources: Path, log_dir: Path, *, steps: int, callbacks: Any = ()
+    intent: HybridRecipe,
+    sources: Path,
+    log_dir: Path,
+    *,
+    steps: int,
+    callbacks: Any = (),
+    save_interval: int | None = 10_000,
 ) -> Any:
-    """Return the NeMo recipe of a small run, reading `sources` and writing to `log_dir`."""
+    """Return the NeMo recipe of a small run, reading `sources` and writing to `log_dir`.
+
+    A checkpoint is written every `save_interval` steps and at the end. None writes none, which
+    spares the time of two steps; such a run cannot resume either.
+    """
     from megacpp_nemo.recipes import to_nemo
 
     partial = to_nemo(intent, log_dir=str(log_dir))
@@ -65,7 +75,10 @@ def configure(
     partial.trainer.limit_val_batches = partial.trainer.num_sanity_val_steps = 0
     partial.trainer.callbacks = list(callbacks)
     partial.log.tensorboard = None
-    partial.log.ckpt.save_interval = 10_000
+    if save_interval is None:
+        partial.log.ckpt, partial.trainer.enable_checkpointing = None, False
+    else:
+        partial.log.ckpt.save_interval = save_interval
     return partial
 
 
