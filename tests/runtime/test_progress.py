@@ -82,6 +82,13 @@ def test_the_run_leaves_checkpoints_and_tensorboard_logs(
     assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
 
 
+def test_every_validation_stands_at_the_steps_done_before_it(
+    printed: tuple[Path, str, str],
+) -> None:
+    history = read_history(find_run(printed[0]).events)
+    assert [point.step for point in history.curves["val_loss"]] == [3, 6, 7]
+
+
 def test_the_log_file_says_what_the_layers_are_built_from(
     printed: tuple[Path, str, str],
 ) -> None:
