@@ -27,7 +27,7 @@ from megacpp_nemo.contract import RECIPE_NAMES, MegaCppError, Parallelism
 from megacpp_nemo.contract.rules import check_batch
 from megacpp_nemo.contract.training import Batch
 from megacpp_nemo.host.strategy import HybridStrategy
-from megacpp_nemo.lowering.table import ROWS
+from megacpp_nemo.lowering.table import CONFIG, ROWS
 from megacpp_nemo.recipes import explain, reading
 from megacpp_nemo.recipes.corpora import keep_recipe_arguments
 from megacpp_nemo.recipes.levers import check_levers
@@ -110,7 +110,9 @@ def check_sizes(recipe: Any) -> None:
     sizes: dict[str, dict[str, Any]] = {"parallelism": {}, "batch": {}}
     for row in ROWS:
         group, _, field = row.field.rpartition(".")
-        if group in sizes and row.nemo and field not in sizes[group]:
+        # What the model alone holds is no size, and the model may be the path of one.
+        held = row.nemo and not row.nemo[0].startswith(CONFIG)
+        if group in sizes and held and field not in sizes[group]:
             sizes[group][field] = explain.value_at(recipe, row.nemo[0])
     if isinstance(sizes["parallelism"]["devices_per_node"], int):
         check_batch(Batch(**sizes["batch"]), Parallelism(**sizes["parallelism"]))

@@ -54,7 +54,8 @@ def run(given: argparse.Namespace) -> str:
         found = balance(recipe, given.pp, given.vpp)
     if given.format == "json":
         return to_json({"schema": 1, "recipe": recipe.name, **found.to_dict()})
-    cut = f"{given.pp} stages" + (f" x {given.vpp} chunks" if given.vpp > 1 else "")
+    chunks = f" x {given.vpp} chunks" if given.vpp > 1 else ""
+    cut = f"{given.pp} stage{'s' * (given.pp > 1)}{chunks}"
     shown = _parts(found, plan_command(given, recipe, found.changes))
     return drawn(f"{recipe.name} in {cut}", shown, given.format, given.screen)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from megacpp_nemo.doctor import Finding, Report
 
 BROKEN_STATUS = 1
+TREE = "megatron_lm.tree"
 SECONDS = 300
 GROUPS = {
     "machine": "Machine",
@@ -98,6 +99,8 @@ def _text(report: Report, screen: Screen) -> str:
 
 
 def _verdict(report: Report, screen: Screen) -> str:
+    if [fault.key for fault in report.faults] == [TREE]:
+        return screen.paint("The folder of --megatron is no Megatron-LM tree.", "red")
     if not report.ok:
         count = len(report.faults)
         things = "one thing is" if count == 1 else f"{count} things are"

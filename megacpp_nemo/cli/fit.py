@@ -16,12 +16,12 @@ from megacpp_nemo.cli.planning import (
 )
 from megacpp_nemo.cli.usage import Parser, UsageError, add_recipe_options, whole_number
 from megacpp_nemo.contract.errors import lookup
+from megacpp_nemo.contract.parallelism import RECOMPUTE
 from megacpp_nemo.planner.fit import RESERVE_GIB, Fit, fit
 from megacpp_nemo.planner.gpus import GIB
 from megacpp_nemo.planner.layouts import NEMO
 from megacpp_nemo.planner.prediction import EFFICIENCY
 from megacpp_nemo.planner.reasons import Candidate, Reason
-from megacpp_nemo.planner.saved import RECOMPUTE
 from megacpp_nemo.planner.sizes import Sizes
 
 SHOWN = 10

@@ -38,7 +38,9 @@ def parser(name: str) -> Parser:
         ),
         ("text", "json"),
     )
-    made.add("--executor", metavar="E", help="local, torchrun, docker, slurm, or a file")
+    made.add(
+        "--executor", metavar="E", help="local, torchrun, docker, slurm, kubernetes, or a file"
+    )
     made.add("--profile", metavar="P", help="such as h200x8, or a file; else the recipe's layout")
     made.add("--as", metavar="LANE", dest="lane", default="nemo", help="nemo (default) or megatron")
     add_recipe_options(made)

@@ -11,7 +11,7 @@ from megacpp_nemo.cli.parts import drawn
 from megacpp_nemo.cli.planning import add_efficiency, add_gpu, in_options, number
 from megacpp_nemo.cli.usage import Parser, add_recipe_options
 from megacpp_nemo.contract import HybridRecipe
-from megacpp_nemo.planner.saved import RECOMPUTE
+from megacpp_nemo.contract.parallelism import RECOMPUTE
 
 FORMATS = ("text", "json", "md")
 
@@ -62,8 +62,9 @@ def run(given: argparse.Namespace) -> str:
     from megacpp_nemo.planner.prediction import EFFICIENCY
 
     recipe = read_recipe(given.words[0], given.words[1:], given.mode)
-    rate, share = _rate(recipe, given), number("--efficiency", given.efficiency, "0.3", most=1)
+    share = number("--efficiency", given.efficiency, "0.3", most=1)
     with in_options():
+        rate = _rate(recipe, given)
         found = plan(
             recipe,
             gpu=given.gpu,

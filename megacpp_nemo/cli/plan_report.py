@@ -7,9 +7,10 @@ from typing import Any
 
 from megacpp_nemo.cli.parts import Part
 from megacpp_nemo.cli.screen import Cell
+from megacpp_nemo.contract import Precision
 from megacpp_nemo.planner.communication import Volume
 from megacpp_nemo.planner.costs import Cost
-from megacpp_nemo.planner.gpus import TFLOPS
+from megacpp_nemo.planner.gpus import GIB, TFLOPS
 from megacpp_nemo.planner.plan import Plan
 from megacpp_nemo.planner.sizes import sizes_of
 from megacpp_nemo.report.numbers import count, share, size, work
@@ -75,7 +76,8 @@ def _verdict(plan: Plan) -> str:
     have = f"{plan.gpu.memory_gib} GiB"
     if missing > 0:
         return f"DOES NOT FIT: {holds}of {have}: {size(missing)} are missing."
-    return f"Fits: {holds}of {have}; {size(-missing)} are left for what is not counted."
+    left = f"{-missing / GIB:.1f} GiB"
+    return f"Fits: {holds}of {have}; {left} are left for what is not counted."
 
 
 def _families(plan: Plan) -> Part:
@@ -104,7 +106,8 @@ def _families(plan: Plan) -> Part:
         rows=[*rows, row("whole model", whole, "bold")],
         notes=(
             "A multiply-add is 2 operations; attention is counted as the causal mask leaves it, a "
-            "token's mean over a row; training is 3 forward passes. A token is active in every "
+            "token's mean over a row; training is 3 forward passes, but one of what has no "
+            "backward pass. A token is active in every "
             "parameter but those of experts it is not sent to.",
         ),
     )
@@ -184,8 +187,9 @@ def _pipeline(plan: Plan) -> Part:
     if loads.stages == 1:
         return Part(title="Pipeline", notes=("One stage: no bubble, nothing to balance.",))
     mean = sum(loads.stage_loads) / loads.stages
+    columns = 4 if loads.chunks > 1 else 3
     rows = [
-        (str(stage + 1), work(load), share(load, mean), " + ".join(map(work, chunks)))
+        (str(stage + 1), work(load), share(load, mean), " + ".join(map(work, chunks)))[:columns]
         for stage, (load, chunks) in enumerate(
             zip(loads.stage_loads, loads.chunk_loads, strict=True)
         )
@@ -193,7 +197,7 @@ def _pipeline(plan: Plan) -> Part:
     vpp = f" --vpp {loads.chunks}" if loads.chunks > 1 else ""
     return Part(
         title="Pipeline",
-        head=("stage", "training/token", "of the mean", "chunks"),
+        head=("stage", "training/token", "of the mean", "chunks")[:columns],
         rows=rows,
         notes=(
             f"Stage {loads.most_loaded + 1} has most to do, {loads.imbalance:.2f} times the mean. "
@@ -207,7 +211,6 @@ def _pipeline(plan: Plan) -> Part:
 
 def _prediction(plan: Plan) -> Part:
     step, gpus = plan.step, plan.recipe.parallelism.world_size
-    peak = f"{plan.gpu.bf16_flops / TFLOPS:,.1f}"
     rows = [
         (name, f"{seconds:.3f} s", share(seconds, step.seconds))
         for name, seconds in step.to_dict().items()
@@ -218,8 +221,19 @@ def _prediction(plan: Plan) -> Part:
         rows=rows,
         notes=(
             f"{plan.tokens_per_second:,.0f} tokens/s, {plan.tokens_per_second / gpus:,.0f} a GPU, "
-            f"if arithmetic reaches {plan.efficiency:.0%} of its dense peak ({peak} TFLOP/s in "
-            "bf16). Exchange is tensor, expert, context and pipeline traffic over the published "
+            f"if arithmetic reaches {plan.efficiency:.0%} of its dense peak ({_peak(plan)}). "
+            "Exchange is tensor, expert, context and pipeline traffic over the published "
             "bandwidth of the links; data is what work does not hide of data parallelism's.",
         ),
     )
+
+
+def _peak(plan: Plan) -> str:
+    """Return the peak that the prediction takes a share of."""
+    gpu, precision = plan.gpu, plan.recipe.precision
+    if precision is Precision.FP32:
+        return f"{gpu.fp32_flops / TFLOPS:,.1f} TFLOP/s in fp32"
+    peak = f"{gpu.bf16_flops / TFLOPS:,.1f} TFLOP/s in bf16"
+    if precision is Precision.FP8_EXPERTS and gpu.fp8_flops:
+        peak += f", {gpu.fp8_flops / TFLOPS:,.1f} in FP8 for experts"
+    return peak

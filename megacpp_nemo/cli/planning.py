@@ -16,7 +16,8 @@ from megacpp_nemo.contract import HybridRecipe, field_paths
 from megacpp_nemo.planner.gpus import DEFAULT_GPU, GPUS, PlanError
 
 # What Python calls `balance(recipe, pp=4)` is `--pp 4` here.
-_KEYWORD = re.compile(r"(?<![\w.-])(pp|vpp|count|gpu|recompute|reserve)(?:_gib)?=('?)([^\s,']*)\2")
+_NAMES = "pp|vpp|count|gpu|recompute|reserve|tokens_per_second|step_seconds"
+_KEYWORD = re.compile(rf"(?<![\w.-])({_NAMES})(?:_gib)?=('?)([^\s,']*)\2")
 
 
 def add_gpu(made: Parser) -> None:
@@ -105,7 +106,7 @@ def in_options() -> Iterator[None]:
         yield
     except PlanError as error:
         parts = {
-            name: None if part is None else _KEYWORD.sub(r"--\1 \3", str(part))
+            name: None if part is None else _KEYWORD.sub(_option, str(part))
             for name, part in (
                 ("given", error.given),
                 ("allowed", error.allowed),
@@ -113,3 +114,7 @@ def in_options() -> Iterator[None]:
             )
         }
         raise PlanError(error.what, **parts) from None
+
+
+def _option(match: re.Match[str]) -> str:
+    return f"--{match[1].replace('_', '-')} {match[3]}"

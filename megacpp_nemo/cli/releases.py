@@ -64,6 +64,8 @@ def _added(given: argparse.Namespace) -> str:
         parser(given.command).refuse("releases add writes a file", f"--out {given.out}", hint)
     out = given.out and native_path(given.out)
     # The file it writes is its own.
+    # The file is the release, and what is printed of it is asked for apart.
+    given.format = given.format if "format" in given.seen else "text"
     given.out = None
     path = add_release(tree, name=given.name, out=out, overwrite=given.replace)
     say(f"Wrote {visible(str(path))}")

@@ -80,7 +80,7 @@ class Screen:
         return "\n".join(lines)
 
     def _widths(self, head: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[int] | None:
-        """Return the widths of columns that fit; None if they cannot without cutting short words."""
+        """Return widths that fit; None where even short words would have to be cut."""
         columns = [[Cell(name), *cells] for name, *cells in zip(head, *rows, strict=True)]
         widths = [
             max(len(line) for c in column for line in c.text.split("\n")) for column in columns

@@ -63,7 +63,7 @@ def run(given: argparse.Namespace) -> str:
     from megacpp_nemo.runs.summary import summary
 
     one = find_run(Path(native_path(place)).expanduser())
-    history = _with_curves(one, read_history(one.events))
+    history = _with_curves(one, read_history(one.events, one.start_step))
     about, drawn = summary(one, history), panels(history, one.seq_length)
     if given.format == "json":
         return to_json(finite(_data(about, drawn, history)))
@@ -97,7 +97,8 @@ def _with_curves(one: Run, history: History) -> History:
 
     if history.curves:
         return history
-    given = f"{one.folder}: {len(one.events)} files of TensorBoard, no value in them"
+    files = "one file" if len(one.events) == 1 else f"{len(one.events)} files"
+    given = f"{one.folder}: {files} of TensorBoard, no value in them"
     raise DataError(
         "This run has logged nothing yet",
         given=given if one.events else f"{one.folder}: no file of TensorBoard",

@@ -12,6 +12,7 @@ from megacpp_nemo.contract import HybridRecipe
 from megacpp_nemo.lowering.releases import DEFAULT_RELEASE
 
 DRAWN = ("svg", "png")
+NOT_DRAWN = ("pdf", "jpg", "jpeg", "gif", "webp", "eps", "html")
 
 
 def parser(name: str) -> Parser:
@@ -20,7 +21,7 @@ def parser(name: str) -> Parser:
         name,
         "RECIPE [FIELD=VALUE ...] [--release R] [--mode M] [--format F] [--out FILE]",
         "Draw the layers of a recipe: family, native or custom, pipeline stage, and how much of\n"
-        "the model's bytes and operations each is. A FILE ending in .svg or .png says the format.",
+        "the model's bytes and operations each is. A FILE ending in .svg or .png is a picture.",
         (
             "megacpp strip nam56r",
             "megacpp strip nam56r pipeline_model_parallel_size=2 --release 0.19.0 --out strip.svg",
@@ -40,9 +41,14 @@ def run(given: argparse.Namespace) -> str | bytes:
     """
     if not given.words:
         parser(given.command).refuse("strip needs a recipe", "none", hint="megacpp strip nam56r")
-    if "format" not in given.seen and given.out:
-        ending = given.out.rpartition(".")[2].lower()
-        given.format = ending if ending in DRAWN else given.format
+    ending = (given.out or "").rpartition(".")[2].lower()
+    if given.format == "text" and ending in NOT_DRAWN:
+        raise UsageError(
+            f"A strip cannot be drawn as {ending.upper()}",
+            given=f"--out {given.out}",
+            allowed="a file ending in .svg or .png, or one of text",
+            hint=f"--out {given.out[: -len(ending)]}svg",
+        )
     if given.format == "png" and on_terminal(None if given.out == "-" else given.out):
         raise UsageError(
             "A terminal cannot show a PNG",

@@ -15,6 +15,7 @@ from megacpp_nemo.contract.errors import MegaCppError, lookup, nearest
 # What `whole_number` says is wrong, for `Parser.error` to say with the option's name.
 TAKES, GIVEN = "takes ", "; given "
 DIGITS = 18
+OUT = "write to this file, whole or not at all; its ending may say the format"
 
 
 class UsageError(MegaCppError):
@@ -134,7 +135,7 @@ class Parser(argparse.ArgumentParser):
         self.takes_rest, self.exact_text = takes_rest, exact_text
         self.spellings: list[str] = []
         self.add("--format", metavar="F", default=formats[0], help=", ".join(formats))
-        self.add("--out", metavar="FILE", help="write to this file, whole or not at all")
+        self.add("--out", metavar="FILE", help=OUT)
         self.add("--color", metavar="WHEN", default="auto", help=", ".join(COLORS))
         self.add("--help", "-h", action="store_true", help="show this")
 
@@ -174,6 +175,9 @@ class Parser(argparse.ArgumentParser):
             what = f"{self.name} knows no --{option} {value!r}"
             chosen = lookup(known, value, what=what, field=f"--{option}", error=UsageError)
             setattr(given, option, chosen)
+        ending = (given.out or "").rpartition(".")[2].lower()
+        if "format" not in given.seen and ending in self.formats:
+            given.format = ending
         return given
 
     def error(self, message: str) -> NoReturn:
@@ -185,8 +189,13 @@ class Parser(argparse.ArgumentParser):
             self.refuse(f"{name} needs a value", f"{name} alone")
         if problem.startswith(TAKES):
             allowed, _, text = problem.removeprefix(TAKES).partition(GIVEN)
+            known = [action.default for action in self._actions if name in action.option_strings]
+            example = next((value for value in known if isinstance(value, int)), 8)
             raise UsageError(
-                f"{name} takes {allowed}", given=f"{name} {text}", allowed=allowed, hint=f"{name} 8"
+                f"{name} takes {allowed}",
+                given=f"{name} {text}",
+                allowed=allowed,
+                hint=f"{name} {example}",
             )
         self.refuse(f"{self.name} cannot read its options", message)
 

@@ -115,9 +115,7 @@ def _check_kinds(
         )
 
 
-def _check_cores(
-    families: dict[BlockFamily, int], model: ModelShape, features: Features
-) -> None:
+def _check_cores(families: dict[BlockFamily, int], model: ModelShape, features: Features) -> None:
     """Check that attention has cores to compute again, and none that an indexer reads."""
     chosen = features.sparse_attention and model.sparse_attention.a_ranks
     if chosen or BlockFamily.SPARSE_ATTENTION in families:

@@ -122,7 +122,7 @@ class Parallelism(Checked):
                     f"The product of the {names} parallel sizes must divide the number of "
                     "processes",
                     given=f"product {product} for {self.world_size} processes "
-                    f"({self.num_nodes} nodes x {self.devices_per_node} devices)",
+                    f"(num_nodes={self.num_nodes} x devices_per_node={self.devices_per_node})",
                     allowed=f"sizes whose product divides {self.world_size}",
                     hint=f"num_nodes={nodes}, or smaller parallel sizes",
                 )

@@ -14,6 +14,7 @@ from megacpp_nemo.contract.errors import RuntimeRefusal
 _NAME = re.compile(r"step=\d+")
 # NeMo keeps such a file beside a checkpoint while it is being written.
 UNFINISHED = "-unfinished"
+FOLDER = "checkpoints"
 
 
 def find_checkpoint(run: str | Path, step: int | None = None) -> Path:
@@ -43,14 +44,9 @@ def find_checkpoint(run: str | Path, step: int | None = None) -> Path:
     if _is_checkpoint(path):
         found = [path]
     else:
-        found = complete_checkpoints(path) or complete_checkpoints(path / "checkpoints")
+        found = complete_checkpoints(path) or complete_checkpoints(path / FOLDER)
     if not found:
-        raise RuntimeRefusal(
-            "This run has no complete checkpoint",
-            given=str(run),
-            allowed="a folder with checkpoints/step=N, and 'weights' and 'context' in it",
-            hint="runs/nam56r_tiny; a run writes its last checkpoint at its end",
-        )
+        raise _none_in(path, str(run))
     chosen = [folder for folder in found if step is None or folder.name == f"step={step}"]
     if not chosen:
         steps = [folder.name.partition("=")[2] for folder in found]
@@ -58,9 +54,26 @@ def find_checkpoint(run: str | Path, step: int | None = None) -> Path:
             f"This run has no checkpoint of step {step}",
             given=f"step {step} of {run}",
             allowed=f"step {', '.join(steps)}",
-            hint=f"step {steps[-1]}",
+            hint=f"--step {steps[-1]}",
         )
     return chosen[-1]
+
+
+def _none_in(path: Path, run: str) -> RuntimeRefusal:
+    inner = sorted(below for below in path.glob("*") if newest_checkpoint(below / FOLDER))
+    if inner:
+        return RuntimeRefusal(
+            "This folder holds runs, and is none itself",
+            given=run,
+            allowed=f"one of its runs: {', '.join(below.name for below in inner[:8])}",
+            hint=f"{run.rstrip('/')}/{inner[0].name}",
+        )
+    return RuntimeRefusal(
+        "This run has no complete checkpoint",
+        given=run,
+        allowed="a folder with checkpoints/step=N, and 'weights' and 'context' in it",
+        hint="a run that has written one; the last one is written at its end",
+    )
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -27,6 +27,7 @@ from megacpp_nemo.launch.kinds import KINDS, Option
 from megacpp_nemo.lowering.policy import VARIABLE
 
 _EVERY = {"about": Key(TEXT, needed=True), "kind": Key(TEXT, needed=True)}
+_EXAMPLES = {SWITCH: "true", VARIABLES: "NAME=VALUE"}
 _ANY_OPTION = {name: Key(o.form) for kind in KINDS.values() for name, o in kind.options.items()}
 
 
@@ -85,7 +86,7 @@ def read_executor(path: Path) -> ExecutorFile:
 def _check_options(document: Document, kind: str, options: Mapping[str, Any]) -> None:
     known = KINDS[kind].options
     for key in document.lines:
-        name = key.removeprefix("options.")
+        name = key.removeprefix("options.").partition(".")[0]
         if key.startswith("options.") and name not in known:
             close = nearest(name, known)
             raise document.error(
@@ -96,12 +97,22 @@ def _check_options(document: Document, kind: str, options: Mapping[str, Any]) ->
                 hint=f"{close}: ..." if close else f"line {document.lines[key]} left out",
             )
     for name, value in options.items():
-        if (rule := known[name].only) and not re.fullmatch(rule[0], value):
-            key = f"options.{name}"
+        key, (_, allowed) = f"options.{name}", known[name].only or ("", "")
+        for text in _unfit(value, known[name]):
             raise document.error(
-                key, f"{key} cannot be {value!r}", given=f"{key}: {value}", allowed=rule[1],
-                hint=f"{name}: as in {rule[1]}",
+                key, f"{key} cannot be {text!r}", given=f"{key}: {text}", allowed=allowed,
+                hint=f"{name}: as in {allowed}",
             )  # fmt: skip
+
+
+def _unfit(value: Any, option: Option) -> list[str]:
+    """Return the texts of an option that are not what it must match."""
+    if option.only is None:
+        return []
+    named = isinstance(value, dict)
+    texts = [f"{name}={text}" for name, text in value.items()] if named else value
+    texts = [texts] if isinstance(texts, str) else texts
+    return [text for text in texts if not re.fullmatch(option.only[0], text)]
 
 
 def _check_environment(document: Document, kind: str, environment: Mapping[str, str]) -> None:
@@ -161,11 +172,15 @@ def with_options(executor: ExecutorFile, words: Sequence[str]) -> ExecutorFile:
 
 
 def _parsed(name: str, text: str, option: Option) -> Any:
-    fits = not option.only or bool(re.fullmatch(option.only[0], text))
-    if option.form == TEXT and text.strip() and fits:
+    parts = [part for part in text.split(",") if part]
+    if option.form == TEXT and text.strip() and not _unfit(text, option):
         return text
-    if option.form == TEXTS and text:
-        return [part for part in text.split(",") if part]
+    if option.form == TEXTS and text and not _unfit(parts, option):
+        return parts
+    if option.form == VARIABLES and text and all("=" in part for part in parts):
+        named = dict(part.split("=", 1) for part in parts)
+        if not _unfit(named, option):
+            return named
     if option.form in (SWITCH, NUMBER):
         value = yaml.safe_load(text) if re.fullmatch(r"\w+", text) else None
         if type(value) is (bool if option.form == SWITCH else int):
@@ -173,7 +188,7 @@ def _parsed(name: str, text: str, option: Option) -> Any:
     allowed = option.only[1] if option.only else option.form
     raise LaunchError(
         f"{name} takes {allowed}", given=f"--set {name}={text}", allowed=allowed,
-        hint=f"--set {name}={'true' if option.form == SWITCH else 'VALUE'}",
+        hint=f"--set {name}={_EXAMPLES.get(option.form, 'VALUE')}",
     )  # fmt: skip
 
 

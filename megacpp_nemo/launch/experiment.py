@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import io
 import os
 import re
@@ -53,11 +54,15 @@ def dry_run(task: Any, executor: run.Config, title: str, file: ExecutorFile) -> 
             (job,) = experiment.jobs
             command = command_of(job._dryrun_info.request)
             scripts = scripts_of(Path(job.executor.job_dir))
+        user = getpass.getuser() if file.kind == "kubernetes" else None
         home = base_of(file) or _short(get_nemorun_home())
 
         def placed(text: str) -> str:
-            return text.replace(base, home).replace(get_nemorun_home(), home)
+            text = text.replace(base, home).replace(get_nemorun_home(), home)
+            # On a volume of Kubernetes, NeMo-Run keeps a folder for each user.
+            return text.replace(f"/{user}/{title}_ID/", f"/USER/{title}_ID/") if user else text
 
+        scripts = {name: placed(text) for name, text in scripts.items()}
         return Dry(placed(command), scripts, placed(f"{base}/experiments/{title}/{title}_ID"))
 
 

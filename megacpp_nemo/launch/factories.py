@@ -202,6 +202,7 @@ def _check_needed(name: str, executor: Any) -> None:
         for parameter in inspect.signature(target).parameters.values()
         if parameter.default is inspect.Parameter.empty and given.get(parameter.name) is None
     ]
+    lacking += [argument for argument in getattr(target, "NEEDED", ()) if not given.get(argument)]
     if lacking:
         raise LaunchError(
             f"The executor {name} lacks {', '.join(lacking)}",

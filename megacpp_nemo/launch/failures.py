@@ -19,9 +19,11 @@ from megacpp_nemo.launch.errors import RunFailed
 
 SHOWN = 30
 # In torchrun's account of the ranks that failed, whichever node's log it is in.
-_ENDED = re.compile(r"rank\s+: (\d+) \(local_rank: (\d+)\)\n(?:\d+: )?\s*exitcode\s+: (-?\d+)")
-# Node (of srun --label) and local rank before a line that torchrun passes on.
-_OF_RANK = re.compile(r"^(?:(\d+): )?\[\w*?(\d+)\]:(.*)$", re.MULTILINE)
+_ENDED = re.compile(
+    r"rank\s+: (\d+) \(local_rank: (\d+)\)\n(?:\d+: |\[pod/\S+\])?\s*exitcode\s+: (-?\d+)"
+)
+# Node (of srun --label, or a pod) and local rank before a line that torchrun passes on.
+_OF_RANK = re.compile(r"^(\d+: |\[pod/\S+\] )?\[\w*?(\d+)\]:(.*)$", re.MULTILINE)
 _LOST_PEER = re.compile(
     r"closed by peer|reset by peer|Broken pipe|DistBackendError|DistNetworkError|NCCL error"
     r"|remote process exited|recvValue|Socket Timeout|Timed out waiting"

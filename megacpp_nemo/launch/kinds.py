@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from megacpp_nemo.launch.document import NUMBER, SWITCH, TEXT, TEXTS
+from megacpp_nemo.launch.document import NUMBER, SWITCH, TEXT, TEXTS, VARIABLES
 
 
 class Option(NamedTuple):
@@ -14,7 +14,7 @@ class Option(NamedTuple):
     Args:
         form: A form of `document`.
         needed: Whether a launch needs it.
-        only: What it must match, as a regular expression, and that in words.
+        only: What it must match, each of several, as a regular expression, and that in words.
     """
 
     form: str
@@ -39,6 +39,16 @@ class Kind(NamedTuple):
 
 
 TIME = (r"(\d+-)?\d+(:\d\d){1,2}|\d+", "HH:MM:SS, D-HH:MM:SS or minutes")
+# Names and sizes as Kubernetes takes them.
+_NAME = r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?"
+NAME = (_NAME, "a name of a-z, 0-9, - and .")
+SIZE = (r"\d+(\.\d+)?(Ki|[MGTPE]i?|k)?", "a size such as 32Gi")
+CLAIM = (rf"{_NAME}:/[^:]*", "CLAIM:/FOLDER")
+LABEL = (r"([-.\w]+/)?[-.\w]+=[-.\w]*", "names and values of letters, digits, -, _ and .")
+TOLERATION = (
+    r"(?P<key>[-./\w]+)(=(?P<value>[-.\w]*))?"
+    r"(:(?P<effect>NoSchedule|PreferNoSchedule|NoExecute))?"
+)
 KINDS = {
     "local": Kind("a process on this machine", 1, 1, {}),
     "torchrun": Kind("processes on this machine under torchrun", 1, None, {}),
@@ -82,6 +92,34 @@ KINDS = {
             "exclusive": Option(SWITCH),
             "request_gpus": Option(SWITCH),
             "srun_args": Option(TEXTS),
+        },
+    ),
+    "kubernetes": Kind(
+        "a TrainJob on Kubernetes",
+        None,
+        None,
+        {
+            "container_image": Option(TEXT, needed=True),
+            "workdir_pvc": Option(TEXT, needed=True, only=NAME),
+            "workdir_pvc_path": Option(
+                TEXT, only=(r"/(?!nemo_run/*$)[^/].*", "an absolute path other than /nemo_run")
+            ),
+            "namespace": Option(TEXT, only=NAME),
+            "runtime_ref": Option(TEXT, only=NAME),
+            "volumes": Option(TEXTS, only=CLAIM),
+            "shm_size": Option(TEXT, only=SIZE),
+            "cpu_requests": Option(TEXT),
+            "cpu_limits": Option(TEXT),
+            "memory_requests": Option(TEXT, only=SIZE),
+            "memory_limits": Option(TEXT, only=SIZE),
+            "labels": Option(VARIABLES, only=LABEL),
+            "annotations": Option(VARIABLES),
+            "pod_labels": Option(VARIABLES, only=LABEL),
+            "pod_annotations": Option(VARIABLES),
+            "node_selector": Option(VARIABLES, only=LABEL),
+            "tolerations": Option(TEXTS, only=(TOLERATION, "KEY, KEY=VALUE or KEY:EFFECT")),
+            "image_pull_secrets": Option(TEXTS, only=NAME),
+            "data_mover_image": Option(TEXT),
         },
     ),
 }

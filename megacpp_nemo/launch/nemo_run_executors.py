@@ -9,6 +9,7 @@ from typing import Any
 import nemo_run as run
 
 from megacpp_nemo.launch.executors import ExecutorFile
+from megacpp_nemo.launch.kubeflow import kubernetes
 from megacpp_nemo.launch.plan import LaunchPlan
 
 # Options that are arguments of NeMo-Run's class by the same name; others are read below.
@@ -50,6 +51,10 @@ def configured(
         gpus: Whether each process has a GPU.
         environment: Variables of the processes.
     """
+    if executor.kind == "kubernetes":
+        return kubernetes(
+            executor.options, nodes=nodes, processes=processes, gpus=gpus, environment=environment
+        )
     direct = {name: value for name, value in executor.options.items() if name not in _READ}
     common = {"ntasks_per_node": processes, "env_vars": dict(environment), **direct}
     if executor.kind == "local":

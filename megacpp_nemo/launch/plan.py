@@ -18,6 +18,8 @@ from megacpp_nemo.lowering.policy import LaunchOptions, environment
 
 POLICY = "launch policy"
 COMMAND_LINE = "--env"
+# Options whose name in capitals would be no value of them.
+SAMPLES = {"workdir_pvc": "my-claim"}
 SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
 
 
@@ -126,7 +128,7 @@ def check_complete(plan: LaunchPlan) -> None:
             f"The executor {plan.executor.name} lacks {', '.join(lacking)}",
             given=", ".join(f"{name} not set" for name in lacking),
             allowed=f"{', '.join(lacking)}, by --set or in a file of your own",
-            hint=" ".join(f"--set {name}={name.upper()}" for name in lacking),
+            hint=" ".join(f"--set {name}={SAMPLES.get(name, name.upper())}" for name in lacking),
         )
 
 

@@ -58,7 +58,7 @@ def launch_data(plan: LaunchPlan, dry: Dry, lacking: Sequence[str], *, lane: str
 def _facts(plan: LaunchPlan, lane: str, dry: Dry) -> list[tuple[str, str]]:
     layout, batch, profile = plan.layout, plan.recipe.batch, plan.profile
     executor = plan.executor
-    options = ", ".join(f"{k}={_word(v)}" for k, v in executor.options.items() if v != [])
+    options = ", ".join(f"{k}={_word(v)}" for k, v in executor.options.items() if v not in ([], {}))
     size = layout.data_parallel_size * batch.micro_batch_size
     facts = [
         ("recipe", f"{plan.recipe.name}, as {LANES[lane]}"),
@@ -106,4 +106,6 @@ def _environment(plan: LaunchPlan, screen: Screen) -> str:
 def _word(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, dict):
+        value = [f"{name}={text}" for name, text in value.items()]
     return ",".join(value) if isinstance(value, list) else str(value)

@@ -1,4 +1,4 @@
-"""What would run, as text: the sbatch file, torchrun's line, Docker's command."""
+"""What would run, as text: sbatch's file, torchrun's line, Docker's command, a manifest."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
+
+from megacpp_nemo.launch.kubeflow import KubernetesExecutor, manifest_of
 
 # Drawn anew by every launch.
 _RENDEZVOUS = re.compile(r"(--rdzv-id)(\s+)\d+")
@@ -17,8 +21,10 @@ def command_of(request: Any) -> str:
     """Return what NeMo-Run would hand over, from the request of its dry run.
 
     Args:
-        request: Of its local, Docker or Slurm scheduler.
+        request: Of its local, Docker, Slurm or Kubeflow scheduler.
     """
+    if isinstance(getattr(request, "executor", None), KubernetesExecutor):
+        return str(yaml.safe_dump(manifest_of(request), sort_keys=False))
     if hasattr(request, "materialize"):
         text = request.materialize().rstrip() + "\n"
     elif hasattr(request, "containers"):
@@ -31,7 +37,8 @@ def command_of(request: Any) -> str:
 
 def scripts_of(folder: Path) -> dict[str, str]:
     """Return the scripts that NeMo-Run wrote for a task, by name."""
-    return {path.name: path.read_text("utf-8") for path in sorted(folder.glob("scripts/*.sh"))}
+    paths = [*sorted(folder.glob("scripts/*.sh")), *folder.glob("launch.sh")]
+    return {path.name: _RENDEZVOUS.sub(r"\1\2N", path.read_text("utf-8")) for path in paths}
 
 
 def folded(words: Sequence[str]) -> str:

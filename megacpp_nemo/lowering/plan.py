@@ -212,7 +212,7 @@ def _other_seams(plan: Plan) -> Iterator[Seam]:
     others = [layer.number for layer in plan.layers if layer.role is not Role.EXPERTS]
     if recipe.precision is Precision.FP8_EXPERTS and others:
         yield SEAMS["fp8-experts"].at(others)
-    if recipe.parallelism.recompute == "full" and _before(SEAMS["recompute"], plan.release):
+    if recipe.parallelism.recompute == "full" and not _recomputes(plan):
         yield SEAMS["recompute"].at(layer.number for layer in plan.layers)
     if recipe.model.mtp.num_layers and not plan.native_mtp:
         yield SEAMS["mtp"]
@@ -227,7 +227,10 @@ def _other_seams(plan: Plan) -> Iterator[Seam]:
         yield SEAMS[name].at(acted_layers(recipe.plasticity, name, recipe.layers, features))
 
 
-def _before(seam: Seam, release: Release) -> bool:
-    """Whether a release is one before the first that has a seam itself."""
-    since = seam.native_since
-    return since is None or version_of(release.package_version) < version_of(since)
+def _recomputes(plan: Plan) -> bool:
+    """Whether the release's own flags make every layer run again.
+
+    Through 0.17 its hybrid stack keeps everything, and 0.18's prediction layer hands its own
+    recomputation an argument that it does not take.
+    """
+    return version_of(plan.release.package_version) >= ((0, 19) if plan.native_mtp else (0, 18))

@@ -13,14 +13,15 @@ NONE, SELECTIVE, FULL = "none", "selective", "full"
 FIELD = "parallelism.recompute"
 # Megatron's words for each layer by itself, and for the core of an attention layer.
 METHOD, NUM_LAYERS, CORE = "uniform", 1, "core_attn"
-# Before it the hybrid stack takes the flags of full recomputation, and keeps everything.
+# Before it no hybrid stack carries out the flags of full recomputation.
 NATIVE_SINCE = "0.18"
 
 CORES = layers(Role.ATTENTION, Role.LATENT_ATTENTION)
 OWN = Condition(
-    "every layer, which the release's stack does not recompute",
+    "every layer, which the release does not recompute itself",
     lambda plan: any(seam.id == "recompute" for seam in plan.seams),
 )
+NATIVE = Condition("every layer, by the release's stack", lambda plan: not OWN.holds(plan))
 
 
 def _under(policy: str, value: Any) -> Callable[[str, HybridRecipe], Any]:
@@ -29,7 +30,7 @@ def _under(policy: str, value: Any) -> Callable[[str, HybridRecipe], Any]:
 
 
 def _full(flag: str, value: Any) -> Spelling:
-    return Spelling(flag=flag, value=_under(FULL, value), since=NATIVE_SINCE)
+    return Spelling(flag=flag, value=_under(FULL, value), since=NATIVE_SINCE, read=NATIVE)
 
 
 def _selective(flag: str, value: Any) -> Spelling:
@@ -57,7 +58,8 @@ RECOMPUTE_ROWS: tuple[Row, ...] = (
         unspell=lambda granularity: granularity or NONE,
         flags=(_full(_GRANULARITY, FULL), _selective(_GRANULARITY, SELECTIVE)),
         spec=OWN,
-        note="full before 0.18: the flags are taken, and the hybrid stack keeps everything",
+        note="full before 0.18: the flags are taken, and the hybrid stack keeps everything; "
+        "in 0.18 a prediction depth fails with them",
     ),
     _told("recompute_method", FULL, METHOD, _full("--recompute-method", METHOD)),
     _told("recompute_num_layers", FULL, NUM_LAYERS, _full("--recompute-num-layers", NUM_LAYERS)),

@@ -156,7 +156,8 @@ _ALL = (
         what="every layer computed again in the backward pass",
         owner="megacpp_nemo.model.recompute",
         built=True,
-        reason="the release's hybrid stack takes the flags and keeps everything",
+        reason="the release's hybrid stack takes the flags and keeps everything, or, in 0.18, "
+        "its prediction depths fail with them",
         native_since="0.18",
         graduates="a hybrid stack that recomputes its layers",
         evidence="tests/spec, tests/model/test_recompute.py",

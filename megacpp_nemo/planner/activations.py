@@ -16,7 +16,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from megacpp_nemo.contract.errors import RecipeError, lookup
+from megacpp_nemo.contract.errors import RecipeError
 from megacpp_nemo.contract.pattern import BlockFamily
 from megacpp_nemo.contract.recipe import HybridRecipe
 from megacpp_nemo.planner.pieces import Piece, Role

@@ -12,13 +12,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+from megacpp_nemo.contract.parallelism import RECOMPUTE
 from megacpp_nemo.contract.recipe import HybridRecipe
 from megacpp_nemo.planner.activations import LOGITS, held_over_time, saved_bytes
 from megacpp_nemo.planner.buffers import piece_sizes
 from megacpp_nemo.planner.layouts import Allowed, Layouts
 from megacpp_nemo.planner.memory import GRADIENT_BYTES, MASTER_BYTES, MOMENTS_BYTES
 from megacpp_nemo.planner.pieces import Piece, Role, pieces
-from megacpp_nemo.planner.saved import RECOMPUTE, element_bytes
+from megacpp_nemo.planner.saved import element_bytes
 from megacpp_nemo.planner.sharding import embedding_copy
 from megacpp_nemo.planner.tensors import padded_vocabulary
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megacpp_nemo.contract.errors import RecipeError, lookup
+from megacpp_nemo.contract.parallelism import RECOMPUTE
 from megacpp_nemo.contract.recipe import HybridRecipe
 from megacpp_nemo.planner.census import Census, memory_bytes
 from megacpp_nemo.planner.gpus import DEFAULT_GPU, GIB, Gpu, PlanError, gpu_called
 from megacpp_nemo.planner.layouts import Allowed, Layouts, Refused
 from megacpp_nemo.planner.prediction import EFFICIENCY, Prediction
 from megacpp_nemo.planner.reasons import Candidate, Reason, TooLarge, grouped
-from megacpp_nemo.planner.saved import RECOMPUTE
 from megacpp_nemo.planner.sizes import nodes_of
 
 RESERVE_GIB = 6.0

@@ -23,7 +23,7 @@ class Role(str, enum.Enum):
     HEAD = "output head"
     DEPTH_ENTRY = "prediction depth's entry"
     DEPTH_LAYER = "prediction depth's layer"
-    DEPTH_NORM = "prediction depth's norm"
+    DEPTH_NORM = "prediction depth's norm and logits"
 
 
 GROUPS = {

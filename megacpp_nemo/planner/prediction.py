@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from megacpp_nemo.contract.parallelism import RECOMPUTE
 from megacpp_nemo.contract.pattern import BlockFamily
 from megacpp_nemo.contract.recipe import HybridRecipe
 from megacpp_nemo.contract.training import Precision
@@ -35,7 +36,7 @@ from megacpp_nemo.planner.gpus import Gpu, PlanError
 from megacpp_nemo.planner.layouts import Allowed
 from megacpp_nemo.planner.memory import GRADIENT_BYTES
 from megacpp_nemo.planner.pieces import Piece, Role
-from megacpp_nemo.planner.saved import RECOMPUTE, Room, element_bytes
+from megacpp_nemo.planner.saved import Room, element_bytes
 from megacpp_nemo.planner.sizes import Sizes
 
 # Of the order of the best rate published for this family: 161 800 tokens/s of the native lane on 8

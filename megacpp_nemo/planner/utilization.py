@@ -40,10 +40,13 @@ class Utilization:
     @property
     def formula(self) -> str:
         """The formula with its figures, in words."""
+        rate = self.tokens_per_second
+        share = f"{self.share:.1%}" if self.share >= 0.001 else f"{100 * self.share:.2g}%"
         return (
             "MFU = tokens/s x training FLOPs per token / (GPUs x dense bf16 peak) = "
-            f"{self.tokens_per_second:,.0f} x {self.flops_per_token / 1e9:,.2f} GFLOP / "
-            f"({self.gpus} x {self.gpu.bf16_flops / TFLOPS:,.1f} TFLOP/s) = {self.share:.1%}"
+            f"{f'{rate:,.0f}' if rate >= 100 else f'{rate:.3g}'} x "
+            f"{self.flops_per_token / 1e9:,.2f} GFLOP / "
+            f"({self.gpus} x {self.gpu.bf16_flops / TFLOPS:,.1f} TFLOP/s) = {share}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,14 +85,25 @@ def mfu(
         gpu: Name of the GPU.
 
     Raises:
-        PlanError: If there is no such GPU, or the rate is not above 0.
+        PlanError: If there is no such GPU, the rate is not above 0, or it is more than the GPUs
+            could do at their highest peak.
     """
-    return Utilization(
+    found = Utilization(
         tokens_per_second=_measured(tokens_per_second, "tokens_per_second", "74000"),
         flops_per_token=training_flops_per_token(recipe),
         gpus=recipe.parallelism.world_size,
         gpu=gpu_called(gpu),
     )
+    peak = max(found.gpu.bf16_flops, found.gpu.fp8_flops or 0)
+    if found.flops_per_second_per_gpu > peak:
+        most = int(peak * found.gpus / found.flops_per_token)
+        raise PlanError(
+            "No GPUs of this kind and number reach this rate",
+            given=f"tokens_per_second={tokens_per_second:.6g} on {found.gpus} x {found.gpu.title}",
+            allowed=f"at most {most:,}, all of their peak ({peak / TFLOPS:,.1f} TFLOP/s each)",
+            hint="the layout that was measured, its GPU, and tokens in place of samples",
+        )
+    return found
 
 
 def _measured(value: float, name: str, example: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megacpp_nemo.contract.errors import MegaCppError
 from megacpp_nemo.contract.families import describe
+from megacpp_nemo.contract.families import recipe as named
 from megacpp_nemo.contract.recipe import HybridRecipe
 from megacpp_nemo.report.numbers import count, size, work
 from megacpp_nemo.report.subject import Subject
@@ -13,11 +14,22 @@ from megacpp_nemo.report.tables import Figure
 def about(subject: Subject) -> str:
     """Return a recipe in a sentence: what it is, where it goes, on how many GPUs."""
     recipe = subject.recipe
-    try:
-        what = describe(recipe.name)
-    except MegaCppError:
-        what = recipe.name
+    what = _what(recipe)
     return f"{what}. On Megatron-LM {subject.release}, {layout(recipe)}."
+
+
+def _what(recipe: HybridRecipe) -> str:
+    """Return a recipe's description by its name, if its model is still that one."""
+    try:
+        own, what = named(recipe.name), describe(recipe.name)
+    except MegaCppError:
+        return recipe.name
+    if (recipe.layers.layers, recipe.model) == (own.layers.layers, own.model):
+        return what
+    return (
+        f"{recipe.name} with another model: {len(recipe.layers)} layers, "
+        f"hidden {recipe.model.hidden_size}"
+    )
 
 
 def layout(recipe: HybridRecipe) -> str:
@@ -72,7 +84,7 @@ def figures(subject: Subject) -> list[Figure]:
 
 def _seams(subject: Subject) -> dict[str, str]:
     if subject.lowering is None:
-        return {"value": "unknown", "note": "refused by this release"}
+        return {"value": "unknown", "note": "refused for this release"}
     seams = subject.lowering.seams
     missing = sum(not seam.built for seam in seams)
     built = f"{missing} not built yet" if missing else "all built"
@@ -81,6 +93,6 @@ def _seams(subject: Subject) -> dict[str, str]:
 
 def _owners(subject: Subject) -> str:
     if subject.lowering is None:
-        return "refused by this release"
+        return "refused for this release"
     native = sum(layer.native for layer in subject.lowering.layers)
     return f"{native} native, {len(subject.lowering.layers) - native} custom"

@@ -11,7 +11,7 @@ from megacpp_nemo.cli.script import launch
 from megacpp_nemo.contract.errors import MegaCppError
 from megacpp_nemo.lowering.lower import Lowering
 from megacpp_nemo.lowering.seams import Kind, Seam
-from megacpp_nemo.report.picture import MARKS
+from megacpp_nemo.report.picture import MARKS, UNBUILT
 from megacpp_nemo.report.subject import Subject
 from megacpp_nemo.report.tables import Table
 
@@ -85,7 +85,7 @@ def _seam(seam: Seam, mark: str, lowering: Lowering) -> dict[str, Any]:
         "id": seam.id,
         "what": seam.what,
         "built": seam.built,
-        "state": "built" if seam.built else "not built yet",
+        "state": "built" if seam.built else UNBUILT,
         "facts": list(_facts(seam, lowering)),
     }
 

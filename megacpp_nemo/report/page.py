@@ -17,6 +17,7 @@ from megacpp_nemo.report.figures import about, figures
 from megacpp_nemo.report.layers import layers
 from megacpp_nemo.report.memory import memory
 from megacpp_nemo.report.ownership import command, launches, seams
+from megacpp_nemo.report.picture import UNBUILT
 from megacpp_nemo.report.sizes import flops_table, parameters_table
 from megacpp_nemo.report.subject import Subject
 from megacpp_nemo.report.traffic import traffic
@@ -60,6 +61,7 @@ def page(subject: Subject, against: Subject | None = None) -> str:
             style=style,
             script=script,
             version=__version__,
+            unbuilt=UNBUILT,
         )
     )
 

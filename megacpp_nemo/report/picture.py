@@ -22,6 +22,8 @@ MARKS = "123456789abcdefghijklmnopqrstuvwxyz"
 LETTERS = {Role.EMBEDDING: "in", Role.HEAD: "out", Role.DEPTH_ENTRY: "+"}
 IN_EMBEDDING = ("ngram-hash", "structure")
 MOST_IN_A_ROW = 26
+# Of a seam that the release's script cannot be given; a NeMo run may have it.
+UNBUILT = "not on Megatron's command line yet"
 
 
 @dataclass(frozen=True, kw_only=True)

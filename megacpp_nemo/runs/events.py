@@ -1,6 +1,6 @@
 """TensorBoard's files as curves: the files of a resumed run, joined to one.
 
-    history = read_history(run.events)
+    history = read_history(run.events, run.start_step)
     history.curves["reduced_train_loss"]     # points by optimizer step
 
 Files are read with the tensorboard package's own loader. A file that a killed run cut short gives
@@ -67,8 +67,13 @@ class History:
         return max((points[-1].time for points in self.curves.values()), default=0.0)
 
 
-def read_history(files: Iterable[Path]) -> History:
+def read_history(files: Iterable[Path], start_step: int | None = None) -> History:
     """Return the curves in TensorBoard's files of one run.
+
+    Args:
+        files: The files.
+        start_step: Step at which the last process took the run up, if that is known; otherwise it
+            is taken to have logged its first step.
 
     Raises:
         DataError: If tensorboard is not installed, or no file has a record that can be read.
@@ -84,13 +89,14 @@ def read_history(files: Iterable[Path]) -> History:
         )
     curves: dict[str, list[Point]] = {}
     resumed: list[int] = []
-    for file in read:
-        if not file.scalars:
-            continue
-        first = min(step for _, step, _, _ in file.scalars)
+    told = [file for file in read if file.scalars]
+    for file in told:
+        start = min(step for _, step, _, _ in file.scalars) - 1
+        if file is told[-1] and start_step is not None:
+            start = min(start, start_step)
         if curves:
-            resumed.append(first - 1)
-            curves = {tag: [p for p in points if p.step < first] for tag, points in curves.items()}
+            resumed.append(start)
+            curves = {tag: [p for p in points if p.step <= start] for tag, points in curves.items()}
         for tag, step, value, time in file.scalars:
             curves.setdefault(tag, []).append(Point(step, value, time, len(resumed)))
     ordered = {tag: _ordered(points) for tag, points in curves.items() if points}

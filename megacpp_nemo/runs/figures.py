@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,7 +51,10 @@ def png(panels: Sequence[Panel], title: str, subtitle: str, resumed: Sequence[in
         axes = figure.add_subplot(rows, columns, number)
         draw(axes, panel, resumed, last_step=_last_step(panels))
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, facecolor=COLORS["paper"][0])
+    # A letter of a run's name that matplotlib's font lacks becomes a box; nothing is to be done.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph ")
+        figure.savefig(buffer, format="png", dpi=DPI, facecolor=COLORS["paper"][0])
     return buffer.getvalue()
 
 

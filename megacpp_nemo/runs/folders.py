@@ -34,6 +34,7 @@ class Run:
         seq_length: Tokens of a sample; None if nothing says.
         max_steps: Steps after which it is over; None if nothing says, or it has no end.
         checkpoint: Step of its newest complete checkpoint, or None.
+        start_step: Step at which its last process took it up; None if nothing says.
     """
 
     folder: Path
@@ -42,6 +43,7 @@ class Run:
     seq_length: int | None
     max_steps: int | None
     checkpoint: int | None
+    start_step: int | None = None
 
     @property
     def name(self) -> str:
@@ -100,7 +102,8 @@ def find_run(given: Path) -> Run:
 def read_run(folder: Path) -> Run:
     """Return what the small files of a run's folder say; its curves are not read."""
     checkpoint = _newest_checkpoint(folder)
-    card = read_card(folder) or _card_of(folder, checkpoint)
+    own = read_card(folder)
+    card = own or _card_of(folder, checkpoint)
     ends = card.max_steps if card and card.max_steps > 0 else None
     return Run(
         folder=folder,
@@ -109,6 +112,7 @@ def read_run(folder: Path) -> Run:
         seq_length=card.seq_length if card else None,
         max_steps=ends,
         checkpoint=checkpoint,
+        start_step=own.start_step if own else None,
     )
 
 

@@ -70,7 +70,7 @@ class Summary:
 def summarized(run: Run, now: float | None = None) -> Summary:
     """Return the figures of a run; files that cannot be read are told in its notes."""
     try:
-        return summary(run, read_history(run.events), now)
+        return summary(run, read_history(run.events, run.start_step), now)
     except DataError as error:
         empty = History(curves={}, resumed=(), notes=(f"{error.what}: {error.given}",))
         return summary(run, empty, now, End.UNREADABLE)

@@ -224,6 +224,10 @@ def test_a_place_without_a_checkpoint_is_refused(megacpp: Any, tmp_path: Path) -
     (tmp_path / "run" / "checkpoints" / "step=7" / "weights").mkdir(parents=True)
     result = megacpp("generate", str(tmp_path / "run"), "--prompt", "x")
     assert (result.code, "no complete checkpoint" in result.err) == (3, True)
+    (tmp_path / "run" / "checkpoints" / "step=7" / "weights" / "metadata.json").touch()
+    result = megacpp("generate", str(tmp_path), "--prompt", "x")
+    assert (result.code, "holds runs" in result.err) == (3, True)
+    assert result.err.rstrip().endswith(str(tmp_path / "run"))
 
 
 def test_an_unfinished_checkpoint_is_not_taken(megacpp: Any, copied: Path) -> None:

@@ -10,6 +10,15 @@ import pytest
 WORDS = ("lower", "nam56r", "--format")
 
 
+@pytest.mark.parametrize("form", ["json", "md"])
+def test_the_ending_of_a_file_says_the_format_where_nothing_else_does(megacpp, tmp_path, form):
+    out = tmp_path / f"plan.{form}"
+    assert megacpp("plan", "nam56r", "--out", str(out)).code == 0
+    assert out.read_text("utf-8") == megacpp("plan", "nam56r", "--format", form).out
+    assert megacpp("plan", "nam56r", "--out", str(out), "--format", "text").code == 0
+    assert out.read_text("utf-8").startswith("nam56r on 8")
+
+
 def test_a_file_holds_what_standard_output_would(megacpp, tmp_path):
     out = tmp_path / "lowering.json"
     expected = megacpp(*WORDS, "json").out

@@ -37,6 +37,8 @@ def test_a_plan_as_json_is_the_plan(megacpp):
     data = json.loads(megacpp(*words).out)
     own = plan(recipe("nam52"), gpu="h100", recompute="full").to_dict()
     assert data == {**json.loads(json.dumps(own)), "release": None}
+    words = ("plan", "nam52", "recompute=full", "--gpu", "h100", "--format", "json")
+    assert json.loads(megacpp(*words).out) == data
 
 
 def test_a_plan_in_markdown_has_tables(megacpp):
@@ -104,6 +106,16 @@ def test_fit_lists_the_best_and_groups_the_rest(megacpp, monkeypatch):
     command = out.partition("Plan the first\n")[2].partition("\n")[0].strip()
     taken = megacpp(*shlex.split(command)[1:], "--format", "json")
     assert json.loads(taken.out)["fits"] is True
+    assert "--recompute" not in command
+
+
+def test_the_recomputation_of_the_best_is_a_field_of_its_command(megacpp, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    words = ("fit", "nam56r", "--gpu", "h100", "--recompute", "full")
+    command = megacpp(*words).out.partition("Plan the first\n")[2].partition("\n")[0].strip()
+    assert " recompute=full " in command
+    taken = megacpp(*shlex.split(command)[1:], "--format", "json")
+    assert json.loads(taken.out)["recompute"] == "full"
 
 
 def test_fit_lists_all_of_it(megacpp):
@@ -131,6 +143,8 @@ def test_fit_where_nothing_does(megacpp, monkeypatch):
         ("plan nam56r --recompute fll", 3, "--recompute full"),
         ("plan nam56r --tokens-per-second fast", 2, "--tokens-per-second 74000"),
         ("plan nam56r --tokens-per-second 5 --step-seconds 1", 2, "alone"),
+        ("plan nam56r --tokens-per-second 1e308", 3, "that was measured"),
+        ("plan nam56r --step-seconds 1e-320", 3, "--tokens-per-second 74000"),
         ("plan nam56r --efficiency 40", 2, "--efficiency 0.3"),
         ("plan nam56r --release 0.1", 3, "0.1"),
         ("plan nam56r precision=fp8 --gpu a100", 3, "precision='bf16'"),
@@ -156,6 +170,35 @@ def test_wrong_words_are_refused_with_a_way_out(megacpp, words, code, hint):
     assert "Traceback" not in result.err
     assert all(part in result.err for part in ("given:", "allowed:", "try:"))
     assert hint in result.err.partition("try:")[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "peak"),
+    [
+        (("nam56r",), "(989.4 TFLOP/s in bf16)"),
+        (("nam56r_tiny",), "(66.9 TFLOP/s in fp32)"),
+        (("nam56r", "precision=fp8"), "(989.4 TFLOP/s in bf16, 1,978.9 in FP8 for experts)"),
+    ],
+)
+def test_a_prediction_names_the_peak_that_it_takes(megacpp, words, peak):
+    assert peak in " ".join(megacpp("plan", *words).out.split())
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100])
+@pytest.mark.parametrize("command", ["plan", "fit", "balance --pp 2"])
+def test_tables_fit_the_screen_and_cut_no_short_word(megacpp, monkeypatch, command, width):
+    name, *options = command.split()
+
+    def drawn(columns: int) -> str:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        return megacpp(name, "nam56r", *options).out
+
+    narrow, wide = drawn(width), drawn(400)
+    # What is to be copied stays whole.
+    lines = [line for line in narrow.splitlines() if not re.match("  megacpp|  [A-Z|]+$", line)]
+    assert max(map(len, lines)) <= width
+    for word in ("GFLOP", "MFLOP", "GiB", "none", "DP8"):
+        assert len(re.findall(rf"\b{word}\b", narrow)) >= len(re.findall(rf"\b{word}\b", wide))
 
 
 def test_planning_imports_only_the_standard_library():

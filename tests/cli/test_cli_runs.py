@@ -77,6 +77,12 @@ def test_a_run_is_drawn_into_its_folder(megacpp, runs):
     assert f"Wrote {run / 'curves.html'} and {run / 'curves.png'}" in result.out
 
 
+def test_a_name_beyond_the_font_is_drawn_without_a_word(megacpp, tmp_path):
+    write_run(tmp_path / "\N{CJK UNIFIED IDEOGRAPH-4E2D}")
+    result = megacpp("show", str(tmp_path / "\N{CJK UNIFIED IDEOGRAPH-4E2D}"))
+    assert (result.code, result.err) == (0, "")
+
+
 def test_the_page_needs_nothing_else_and_suits_dark_and_narrow_screens(megacpp, runs, tmp_path):
     out = tmp_path / "page.html"
     assert megacpp("show", str(runs / "whole"), "--out", str(out)).code == 0
@@ -134,7 +140,7 @@ def test_a_diverged_run_is_drawn_and_its_numbers_are_json(megacpp, tmp_path):
 
 
 def test_a_resumed_and_killed_run_says_so(megacpp, tmp_path):
-    write_card(tmp_path, max_steps=20)
+    write_card(tmp_path, max_steps=20, start_step=4)
     write_events(tmp_path / "tensorboard", steps(1, 6), began=1.0, name="a")
     last = write_events(tmp_path / "tensorboard", steps(5, 9), began=100.0, name="b")
     last.write_bytes(last.read_bytes()[:-5])

@@ -28,7 +28,7 @@ def test_the_strip_shows_letters_owners_and_costs(megacpp):
     assert flops.endswith("FLOPs")
     assert weights[5 + 1] == "█"
     assert "3 seam m2rnn: M2RNN, the recurrent matrix-state block" in result.out
-    assert "5 seam ngram-hash: the hashed n-gram memory, not built yet" in result.out
+    assert "the hashed n-gram memory, not on Megatron's command line yet" in result.out
     assert "D: A layers that DSA takes, A-ranks 1-3, 5-7, 9-11" in result.out
 
 
@@ -85,6 +85,7 @@ def test_a_png_goes_through_a_pipe_as_it_is_and_not_to_a_terminal(
         (("nam56r", "--format", "pdf"), 2, "--format"),
         (("nam56r", "--release", "0.99"), 3, "0.19.0"),
         (("nam56r", "--out", "/nowhere/a.svg"), 3, "--out FILE"),
+        (("nam56r", "--out", "a.pdf"), 2, "--out a.svg"),
     ],
 )
 def test_bad_input_says_what_to_try(megacpp, words, code, hint):

@@ -102,6 +102,14 @@ def test_triton_of_a_cuda_build_of_torch_goes_by_another_name(environment):
     assert environment.doctor("--quick").finding("package.triton")["found"] == "3.7.0"
 
 
+def test_a_folder_that_is_no_tree_does_not_spoil_the_verdict_on_training(environment, tmp_path):
+    words = ("--quick", "--megatron", str(tmp_path))
+    assert environment.doctor(*words).data["faults"] == ["megatron_lm.tree"]
+    said = environment.doctor(*words, form="text").said
+    assert "no Megatron-LM tree" in said
+    assert "Training cannot work" not in said
+
+
 def test_a_wrong_megatron_core_is_named(environment):
     environment.distribution("megatron-core", "0.15.3")
     environment.module("megatron/core/__init__.py", '__version__ = "0.15.3"')

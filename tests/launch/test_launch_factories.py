@@ -56,6 +56,13 @@ def nemo(monkeypatch: pytest.MonkeyPatch) -> Executors:
             "DockerExecutor",
             {"container_image": "IMAGE", "num_gpus": 8, "ntasks_per_node": 8, "shm_size": "32g"},
         ),
+        (
+            ["run.executor=h200x16_kubernetes(container_image=IMAGE)",
+             "run.executor.workdir_pvc=jobs", "run.executor.namespace=us"],
+            "KubernetesExecutor",
+            {"image": "IMAGE", "workdir_pvc": "jobs", "namespace": "us", "num_nodes": 2,
+             "gpus_per_node": 8, "nprocs_per_node": 8, "launcher": "torchrun", "env_vars": {}},
+        ),
         (["run.executor=cpu_local"], "LocalExecutor", {"ntasks_per_node": 1, "launcher": None}),
     ],
 )  # fmt: skip
@@ -104,6 +111,11 @@ def refused(nemo, *words: str) -> str:
     [
         ("h200x8_slrum", "No executor is called 'h200x8_slrum'", "run.executor=h200x8_slurm"),
         ("h200x8_slurm", "The executor h200x8_slurm lacks account", "run.executor.account=ACCOUNT"),
+        (
+            "h200x8_kubernetes(container_image=I)",
+            "The executor h200x8_kubernetes(container_image=I) lacks workdir_pvc",
+            "run.executor.workdir_pvc=WORKDIR_PVC",
+        ),
         ("h200x8_slurm(account=ME,time=soon)", "time takes HH:MM:SS", "--set time="),
         (
             "h200x8_slurm(acount=ME)",

@@ -17,7 +17,7 @@ from megacpp_nemo.lowering.policy import LaunchOptions, environment
 
 ROOT = Path(__file__).parents[2]
 PROFILES = ("cpu", "cpux2", "h200x16", "h200x8", "h200x8_author", "h200x8_fp8", "h200x8_pp2")
-EXECUTORS = ("docker", "local", "slurm", "torchrun")
+EXECUTORS = ("docker", "kubernetes", "local", "slurm", "torchrun")
 
 
 def executor(name: str = "slurm", *options: str):
@@ -139,6 +139,10 @@ HARDWARE = "hardware: {nodes: 1, devices_per_node: 8}\n"
          "NeMo-Run writes names of variables in capitals", "HTTP_PROXY: x"),
         ("executor", "about: x\nkind: torchrun\nenvironment:\n  A: [1]\n", 4,
          "environment.A takes text", "A: text"),
+        ("executor", "about: x\nkind: kubernetes\noptions:\n  labels:\n    team: a b\n", 4,
+         "options.labels cannot be 'team=a b'", "labels: as in"),
+        ("executor", "about: x\nkind: kubernetes\noptions:\n  volumes: [data]\n", 4,
+         "options.volumes cannot be 'data'", "volumes: as in CLAIM:/FOLDER"),
         ("executor", "kind: local\n", None, "about is missing", "about: text"),
     ],
 )  # fmt: skip
@@ -224,6 +228,7 @@ def test_every_missing_option_is_named():
     assert missing(executor()) == ["account"]
     assert missing(executor("slurm", "account=A", "host=h")) == ["user", "job_dir"]
     assert missing(executor("docker")) == ["container_image"]
+    assert missing(executor("kubernetes")) == ["container_image", "workdir_pvc"]
     assert [name for name in KINDS if name not in EXECUTORS] == []
 
 

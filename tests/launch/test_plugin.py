@@ -125,8 +125,8 @@ def test_a_refusal_stops_the_experiment_and_leaves_nothing(experiment, tmp_path)
     from megacpp_nemo.recipes import nam56r, nam56r_tiny
 
     task = nam56r_tiny()
-    task.model.config.recompute_granularity = "full"
-    assert "model.config.recompute_granularity" in str(refused(experiment, task))
+    task.model.config.distribute_saved_activations = True
+    assert "model.config.distribute_saved_activations" in str(refused(experiment, task))
     assert "seams are left" in refused(experiment, nam56r(), seams="native-only").what
     assert "Unknown way" in refused(experiment, nam56r(), seams="natively").what
     assert "No Megatron-LM release" in refused(experiment, nam56r(), release="0.1").what

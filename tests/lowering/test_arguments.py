@@ -238,6 +238,30 @@ RULES = [
     ("--mamba-num-heads", RELEASE_NAMES, "PATTERN=** X 4", "PATTERN=M* X 4"),
     ("--num-experts", RELEASE_NAMES[1:], "PATTERN=M* X 4", "PATTERN=ME X 4"),
     ("--expert-model-parallel-size", RELEASE_NAMES[1:], "PATTERN=M* X 1", "PATTERN=ME X 1"),
+    (
+        "--recompute-granularity",
+        RELEASE_NAMES[:2],
+        "PATTERN=M* X full --recompute-method uniform --recompute-num-layers 1",
+        "PATTERN=M* X selective --recompute-modules core_attn",
+    ),
+    (
+        "--recompute-granularity",
+        ["0.17.1"],
+        "PATTERN=M* X full --recompute-method uniform --recompute-num-layers 1",
+        "PATTERN=M*/* X full --recompute-method uniform --recompute-num-layers 1",
+    ),
+    (
+        "--recompute-method",
+        RELEASE_NAMES[3:],
+        "PATTERN=M* --recompute-granularity selective X uniform",
+        "PATTERN=M* --recompute-granularity full X uniform",
+    ),
+    (
+        "--recompute-modules",
+        RELEASE_NAMES,
+        "PATTERN=M* --recompute-granularity full X core_attn",
+        "PATTERN=M* --recompute-granularity selective X core_attn",
+    ),
     ("--moe-grouped-gemm", RELEASE_NAMES[1:], "PATTERN=ME X", f"PATTERN=ME X {OURS}"),
     (
         "--moe-aux-loss-coeff",

@@ -34,6 +34,13 @@ def test_nam56r_gains_mla_dsa_and_prediction_depths_from_0_16_1_to_0_19_0():
     assert found.after == lower(recipe("nam56r"), release="0.19.0")
 
 
+def test_recomputation_graduates_with_the_stack_that_has_it():
+    made = recipe("nam56r", changes={"recompute": "full", "mtp.num_layers": 0})
+    found = audit(made, "0.17.1", "0.18.2")
+    assert "recompute" in found.graduated
+    assert {"--recompute-granularity", "--recompute-method"} <= set(found.alive)
+
+
 def test_the_way_back_returns_what_the_way_there_gained():
     there, back = (audit(recipe("nam56r"), *way) for way in (("0.16.1", "0.19.0"),
                                                              ("0.19.0", "0.16.1")))  # fmt: skip

@@ -213,7 +213,7 @@ def refused(*more: str, without: str = "") -> LoweringError:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--recompute-granularity", "full"), "--recompute-granularity has no place"),
+        (("--recompute-granularity", "full"), "--recompute-granularity is dead"),
         (("--fim-rate", "0.5"), "--fim-rate is dead"),
         (("--mtp-num-layers", "1"), "--mtp-num-layers is dead"),
         (("--q-lora-rank", "64"), "--q-lora-rank is dead"),

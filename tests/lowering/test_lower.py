@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from megacpp_nemo.contract import HybridRecipe, LoweringError, RecipeError, recipe, with_paths
 from megacpp_nemo.lowering.arguments import parse
+from megacpp_nemo.lowering.lift import lift
 from megacpp_nemo.lowering.lower import lower
 from megacpp_nemo.lowering.plan import make_plan
 from megacpp_nemo.lowering.policy import LaunchOptions
@@ -118,6 +119,41 @@ class TestNam56r:
             assert {seam} == set(seams_of("nam56r", release, **change)) - set(
                 seams_of("nam56r", release)
             )
+
+    @pytest.mark.parametrize(
+        ("release", "depths", "seam"),
+        [
+            ("0.16.1", 0, True),
+            ("0.17.1", 0, True),
+            ("0.17.1", 1, True),
+            ("0.18.2", 0, False),
+            # Its prediction depths fail under its own recomputation.
+            ("0.18.2", 1, True),
+            ("0.19.0", 0, False),
+            ("0.19.0", 1, False),
+        ],
+    )
+    def test_whole_layers_run_again_by_the_release_or_by_the_spec(self, release, depths, seam):
+        made = recipe("nam56r", changes={"recompute": "full", "mtp.num_layers": depths})
+        lowering = lower(made, release=release)
+        flags = ("--recompute-granularity", "--recompute-method", "--recompute-num-layers")
+        values = ["full", "uniform", "1"]
+        argv = list(lowering.argv)
+        assert ("recompute" in {found.id for found in lowering.seams}) == seam
+        assert ("parallelism.recompute=full" in argv[argv.index("--spec") + 2]) == seam
+        assert [argv[argv.index(x) + 1] for x in flags if x in argv] == ([] if seam else values)
+        assert lift(argv, release).parallelism.recompute == "full"
+
+    @pytest.mark.parametrize("release", NAM56R_ON)
+    def test_cores_of_attention_run_again_on_every_release(self, release):
+        made = recipe("nam56r", changes={"recompute": "selective", "sparse_attention": False})
+        lowering = lower(made, release=release)
+        argv = list(lowering.argv)
+        assert argv[argv.index("--recompute-granularity") + 1] == "selective"
+        assert argv[argv.index("--recompute-modules") + 1] == "core_attn"
+        assert "--recompute-num-layers" not in argv
+        assert "recompute" not in {found.id for found in lowering.seams}
+        assert lift(argv, release).parallelism.recompute == "selective"
 
     def test_norms_on_the_latents_keep_sparse_attention_ours_until_the_release_has_them(self):
         normed = {"latent.layernorm": True}

@@ -13,7 +13,7 @@ from megatron.core.transformer.moe import moe_utils
 from torch import Tensor, nn
 
 from megacpp_nemo.contract.errors import RuntimeRefusal
-from megacpp_nemo.model.recompute import refuse_recompute
+from megacpp_nemo.model.recompute import refuse_recompute, run_again
 from tests.model.building import boundaries_of, build_model, random_tokens, run_model, small_config
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -57,8 +57,12 @@ def fresh_globals() -> Iterator[None]:
     moe_utils.get_moe_layer_wise_logging_tracker().clear()
 
 
-def take_step(pattern: str, *, trains_embedding: bool = True, **changes: Any) -> Step:
+def take_step(
+    pattern: str, *, trains_embedding: bool = True, wrapped: bool = False, **changes: Any
+) -> Step:
     model = build_model(small_config(pattern, **changes))
+    for layer in model.decoder.layers if wrapped else ():
+        run_again(layer)
     model.embedding.requires_grad_(trains_embedding)
     runs: Counter[str] = Counter()
     for name, module in model.named_modules():
@@ -172,6 +176,18 @@ def test_layers_under_a_frozen_embedding_still_learn():
     assert "decoder.layers.1" in again(found, expected)
 
 
+@pytest.mark.parametrize("changes", [{}, SPARSE, DROPOUT], ids=["latent", "sparse", "dropout"])
+def test_a_layer_runs_again_in_a_stack_that_keeps_everything(changes):
+    expected = take_step("AEMR", **changes)
+    found = take_step("AEMR", wrapped=True, **changes)
+    assert_same(found, expected)
+    assert found.kept_bytes < 0.7 * expected.kept_bytes
+    parts = {f"decoder.layers.{place}" for place in ("0.self_attention", "1.mlp", "2.mixer")}
+    assert parts <= again(found, expected)
+    frozen = take_step("AEMR", wrapped=True, trains_embedding=False, **changes)
+    assert "decoder.layers.0.self_attention" not in again(frozen, expected)
+
+
 def test_validation_recomputes_nothing():
     model = build_model(small_config("AEMR", **FULL)).eval()
     runs: list[nn.Module] = []
@@ -181,11 +197,15 @@ def test_validation_recomputes_nothing():
     assert len(runs) == 4
 
 
-def test_a_layer_runs_again_as_of_its_own_micro_batch():
-    model = build_model(small_config("AM", **FULL))
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_layer_runs_again_as_of_its_own_micro_batch(wrapped):
+    model = build_model(small_config("AM", **({} if wrapped else FULL)))
     told: list[int] = []
     for layer in model.decoder.layers:
-        layer.register_forward_hook(lambda layer, *_: told.append(layer.current_microbatch))
+        if wrapped:
+            run_again(layer)
+        inside = getattr(layer, "mixer", getattr(layer, "self_attention", layer))
+        inside.register_forward_hook(lambda *_, own=layer: told.append(own.current_microbatch))
 
     def forward(number: int) -> Tensor:
         for layer in model.decoder.layers:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megacpp_nemo.contract import HybridRecipe, MegaCppError, recipe
+from megacpp_nemo.contract import HybridRecipe, MegaCppError, RecipeError, recipe, with_paths
 from megacpp_nemo.planner.balance import balance
 from megacpp_nemo.planner.census import Census, memory_bytes
 from megacpp_nemo.planner.communication import Volume, volumes
@@ -21,6 +21,7 @@ from megacpp_nemo.planner.layouts import Allowed, Layouts, Refused
 from megacpp_nemo.planner.memory import most_loaded, rank_memory
 from megacpp_nemo.planner.pipeline import pipeline
 from megacpp_nemo.planner.prediction import Prediction
+from megacpp_nemo.planner.reasons import Candidate
 from megacpp_nemo.planner.sizes import Sizes, every_size
 
 TINY = {"global_batch_size": 16}
@@ -102,7 +103,8 @@ def test_what_fits_fits_with_the_least_recomputation(nam56r: Fit) -> None:
         held = {p: most_loaded(laid, recompute=p).total_bytes for p in POLICIES}
         assert held[found.recompute] <= nam56r.room_bytes * 1.001
         assert found.memory_bytes == pytest.approx(held[found.recompute], rel=1e-3)
-        before = POLICIES[: POLICIES.index(found.recompute)]
+        # Cores of sparse attention are not computed again.
+        before = {"full": ("none",), "none": ()}[found.recompute]
         assert all(held[policy] > nam56r.room_bytes * 0.999 for policy in before)
 
 
@@ -220,7 +222,7 @@ def test_fp8_speeds_up_experts_only_and_needs_a_gpu_that_has_it() -> None:
 
 def test_stages_are_cut_as_balance_does_unless_the_pattern_says_otherwise() -> None:
     plain = fit(recipe("nam56r"), count=8)
-    cut = {found.layout.sizes: found.layout for found in plain.candidates}
+    cut = {found.layout.sizes: found for found in plain.candidates}
     sizes = Sizes(tp=1, pp=8, vpp=1, cp=1, ep=1, etp=1, dp=1)
     assert plain.changes(cut[sizes])["pattern"] == balance(recipe("nam56r"), 8).pattern
     fixed = recipe(
@@ -230,26 +232,43 @@ def test_stages_are_cut_as_balance_does_unless_the_pattern_says_otherwise() -> N
     )
     found = fit(fixed, count=4)
     assert {c.layout.sizes.pp * c.layout.sizes.vpp for c in found.candidates} == {2}
-    assert all("pattern" not in found.changes(c.layout) for c in found.candidates)
+    assert all("pattern" not in found.changes(c) for c in found.candidates)
     assert any("boundaries and the pipeline sizes" in reason.what for reason in found.reasons())
 
 
 def test_the_fields_of_a_layout_make_its_recipe() -> None:
     found = fit(recipe("nam56r"), count=16)
     for candidate in sample(found.candidates, 8):
-        laid = recipe("nam56r", changes=found.changes(candidate.layout))
-        assert laid == found.layouts.recipe_in(candidate.layout) or _alike(laid, found, candidate)
+        laid = recipe("nam56r", changes=found.changes(candidate))
+        assert laid.parallelism.recompute == candidate.recompute
+        assert laid == chosen(found, candidate) or _alike(laid, found, candidate)
+
+
+def chosen(found: Fit, candidate: Candidate) -> HybridRecipe:
+    """Return the recipe of a candidate."""
+    laid = found.layouts.recipe_in(candidate.layout)
+    return with_paths(laid, {"parallelism.recompute": candidate.recompute})
 
 
 def _alike(laid: HybridRecipe, found: Fit, candidate: Any) -> bool:
     """Whether two recipes differ in nothing but how their untiled pattern is written."""
-    other = found.layouts.recipe_in(candidate.layout)
+    other = chosen(found, candidate)
     return (laid.layers, laid.parallelism, laid.batch, laid.model) == (
         other.layers,
         other.parallelism,
         other.batch,
         other.model,
     )
+
+
+def test_only_recomputation_that_the_recipe_can_have_is_proposed(nam56r: Fit) -> None:
+    assert {found.recompute for found in nam56r.candidates} == {"none", "full"}
+    with pytest.raises(RecipeError, match="Selective recomputation does not work with DSA"):
+        fit(recipe("nam56r"), recompute="selective")
+    plain = recipe("nam56r", changes={"sparse_attention": False, "recompute": "full"})
+    assert {found.recompute for found in fit(plain, "h200", 8).candidates} >= {"none"}
+    only = fit(plain, "h100", 8, recompute="selective").candidates
+    assert {found.recompute for found in only} == {"selective"}
 
 
 @pytest.mark.parametrize("count", [0, -8, 12, 20, True, 8.0])

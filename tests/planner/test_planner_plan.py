@@ -7,12 +7,14 @@ import time
 
 import pytest
 
-from megacpp_nemo.contract import RECIPE_NAMES, recipe
+from megacpp_nemo.contract import RECIPE_NAMES, HybridRecipe, RecipeError, recipe, with_paths
+from megacpp_nemo.planner.activations import saved_bytes
 from megacpp_nemo.planner.communication import volumes
 from megacpp_nemo.planner.counts import counts
 from megacpp_nemo.planner.flops import training_flops_per_token
-from megacpp_nemo.planner.gpus import PlanError
-from megacpp_nemo.planner.memory import rank_memory
+from megacpp_nemo.planner.gpus import PlanError, gpu_called
+from megacpp_nemo.planner.memory import most_loaded, rank_memory
+from megacpp_nemo.planner.pieces import pieces
 from megacpp_nemo.planner.pipeline import pipeline
 from megacpp_nemo.planner.plan import plan, predicted_step
 from megacpp_nemo.planner.sizes import sizes_of
@@ -55,6 +57,25 @@ def test_every_recipe_plans_and_its_parts_add_up(name: str) -> None:
     assert found.memory == (rank_memory(intent),)
     assert found.traffic == (volumes(intent),)
     assert found.tokens_per_second > 0
+
+
+def test_the_recipe_says_what_runs_again_unless_it_is_told() -> None:
+    plain = recipe("nam56r", changes={"pipeline_model_parallel_size": 2})
+    again = with_paths(plain, {"parallelism.recompute": "full"})
+    assert plan(again) == plan(plain, recompute="full")
+    assert plan(again, recompute="none") == plan(plain)
+    assert plan(again).recompute == "full"
+    for count in (rank_memory, volumes, most_loaded, kept):
+        assert count(again) == count(plain, recompute="full") != count(plain)
+    gpu = gpu_called("h200")
+    assert predicted_step(again, gpu) == predicted_step(plain, gpu, recompute="full")
+    with pytest.raises(RecipeError, match="does not work with DSA"):
+        plan(plain, recompute="selective")
+
+
+def kept(laid: HybridRecipe, **policy: str) -> dict[str, int]:
+    """Return what the first attention layer keeps."""
+    return dict(saved_bytes(laid, pieces(laid)[1], **policy))
 
 
 def test_a_plan_is_plain_data_with_stable_keys() -> None:

@@ -43,6 +43,20 @@ def test_a_rate_is_a_number_above_zero(value: float) -> None:
         tokens_per_second(recipe("nam56r"), value)
 
 
+def test_a_rate_beyond_every_peak_is_refused() -> None:
+    intent = recipe("nam56r")
+    most = 8 * 1978.9e12 / training_flops_per_token(intent)
+    assert mfu(intent, 0.999 * most).share == pytest.approx(0.999 * 2, rel=1e-3)
+    with pytest.raises(PlanError, match=f"at most {int(most):,}"):
+        mfu(intent, 1.001 * most)
+
+
+def test_a_small_rate_is_told_with_its_digits() -> None:
+    formula = mfu(recipe("nam56r_tiny"), 0.25).formula
+    assert " = 0.25 x " in formula
+    assert not formula.endswith("= 0.0%")
+
+
 def test_an_unknown_gpu_is_refused_with_the_nearest() -> None:
     with pytest.raises(PlanError, match="'h200'") as refused:
         gpu_called("h20O")

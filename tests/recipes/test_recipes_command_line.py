@@ -51,6 +51,8 @@ def test_a_recipe_is_what_its_function_returns(nemo):
         ("nam56r_tiny(max_steps=9)", "trainer.max_steps", 9),
         ("nam56r_tiny(lr=1e-4,min_lr=0)", "optim.config.lr", 1e-4),
         ("nam56r_tiny(mamba__num_heads=8)", "model.config.mamba_num_heads", 8),
+        ("nam56r_tiny(recompute=full)", "model.config.recompute_granularity", "full"),
+        ("nam56r_tiny(recompute='none')", "model.config.recompute_granularity", None),
         ("nam56r_tiny(log_dir='runs/a-b.c')", "log.explicit_log_dir", "runs/a-b.c"),
     ],
 )

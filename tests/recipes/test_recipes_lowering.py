@@ -299,8 +299,8 @@ class TestWhatUsersDo:
         assert lower(full) == lower(nemo(recipe("nam56r")))
 
     @pytest.mark.parametrize(
-        "path", ["model.config.recompute_granularity", "log.ckpt.keep", "trainer.strategy.fsdp",
-                 "resume.restore_config", "log.wandb"]
+        "path", ["model.config.distribute_saved_activations", "log.ckpt.keep",
+                 "trainer.strategy.fsdp", "resume.restore_config", "log.wandb"]
     )  # fmt: skip
     def test_a_leaf_set_to_what_nemo_takes_anyway_is_as_good_as_unset(self, full, path):
         leaves = read_leaves(full)
@@ -311,7 +311,8 @@ class TestWhatUsersDo:
     @pytest.mark.parametrize(
         ("path", "value"),
         [
-            ("model.config.recompute_granularity", "full"),
+            ("model.config.distribute_saved_activations", True),
+            ("model.config.recompute_num_layers", 4),
             ("log.ckpt.keep", 1),
             ("trainer.strategy.ckpt_async_save", True),
             ("trainer.accelerator", "gpu"),

@@ -62,6 +62,7 @@ ROOM = {"num_nodes": 4, "devices_per_node": 8, "global_batch_size": 2048, "spars
 NO_EXPERTS = {"pattern": "AMM", "model.mtp.num_layers": 0}
 ALONG: dict[str, dict[str, Any]] = {
     "parallelism.tensor_model_parallel_size": {**ROOM, **NO_EXPERTS},
+    "parallelism.expert_tensor_parallel_size": {**ROOM, "expert_model_parallel_size": 2},
     "parallelism.sequence_parallel": {
         **ROOM,
         "tensor_model_parallel_size": 2,

@@ -14,6 +14,7 @@ from megacpp_nemo.planner.communication import volumes
 from megacpp_nemo.planner.counts import counts
 from megacpp_nemo.planner.gpus import GPUS
 from megacpp_nemo.planner.memory import rank_memory
+from megacpp_nemo.report.figures import about
 from megacpp_nemo.report.numbers import size
 from megacpp_nemo.report.page import page
 
@@ -194,3 +195,16 @@ def test_what_a_user_wrote_is_text_and_no_markup(on):
 
 def test_the_same_recipe_gives_the_same_bytes(on, text):
     assert page(on("0.16.1", "nam56r"), on("0.16.1", "nam52")) == text
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("nam56r",), True),
+        (("nam56r", "pipeline_model_parallel_size=2", "precision=fp8"), True),
+        (("nam56r", "depth=24", "a_ranks=0"), False),
+        (("nam56r", "hidden_size=7168"), False),
+    ],
+)
+def test_a_recipe_is_described_by_its_name_while_it_has_that_model(on, words, named):
+    assert ("full size, 52 layers" in about(on("0.19.0", *words))) is named

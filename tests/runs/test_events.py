@@ -40,6 +40,14 @@ def test_a_resumed_run_is_one_curve_without_what_was_lost(tmp_path):
         assert history.resumed == [5]
 
 
+def test_where_a_process_went_on_is_what_its_card_says_if_it_logs_seldom(tmp_path):
+    first = write_events(tmp_path, steps(1, 7), began=100.0, name="a")
+    second = write_events(tmp_path, steps(10, 12), began=200.0, name="b")
+    history = read_history([first, second], start_step=6)
+    assert history.resumed == [6]
+    assert [step for step, _ in losses(history)] == [*range(1, 7), *range(10, 13)]
+
+
 def test_three_processes_and_a_validation_that_was_lost(tmp_path):
     first = write_events(tmp_path, [*steps(1, 4), ("val_loss", 3, 9.0)], began=100.0, name="a")
     second = write_events(tmp_path, steps(3, 6), began=200.0, name="b")

@@ -13,7 +13,11 @@ from tests.support.training import configure, small_recipe, train
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_sequence_parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     "pp2": {"pipeline_model_parallel_size": 2},
-    "pp2_uneven": {"pipeline_model_parallel_size": 2, "pattern": "AEMEA|EMEAEMR"},
+    "pp2_uneven_recomputed": {
+        "pipeline_model_parallel_size": 2,
+        "pattern": "AEMEA|EMEAEMR",
+        "recompute": "full",
+    },
     "ep2": {"expert_model_parallel_size": 2},
     "dp2": {},
     "dp2_distributed_optimizer": {

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from megacpp_nemo.runs.events import read_history
+from megacpp_nemo.runs.folders import find_run
 from tests.support.processes import in_process
 from tests.support.training import configure, small_recipe
 

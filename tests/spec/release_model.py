@@ -124,12 +124,18 @@ def build(
     )
 
 
-def run(model: torch.nn.Module) -> dict[str, Any]:
-    """Return the mean loss of a forward pass, and the parameters its backward pass missed."""
+def loss_of(model: torch.nn.Module) -> torch.Tensor:
+    """Return the mean loss of a forward pass."""
     tokens = torch.randint(0, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(LENGTH).expand_as(tokens)
     mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)[None, None]
-    loss = model(tokens, positions, mask, labels=tokens).mean()
+    loss: torch.Tensor = model(tokens, positions, mask, labels=tokens).mean()
+    return loss
+
+
+def run(model: torch.nn.Module) -> dict[str, Any]:
+    """Return the mean loss of a forward pass, and the parameters its backward pass missed."""
+    loss = loss_of(model)
     loss.backward()
     missed = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     return {"loss": loss.item(), "missed": missed}

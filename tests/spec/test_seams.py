@@ -33,6 +33,7 @@ ALONE: dict[str, dict[str, Any]] = {
     "author-mamba": {"features.mamba": "author"},
     "m2rnn": {"pattern": "AEMEAEMEAEMR"},
     "fp8-experts": {"precision": "fp8"},
+    "recompute": {"recompute": "full"},
     "mtp": {"mtp.num_layers": 1},
     "ngram-hash": {"ngram_hash": True},
     "structure": {"structure": "core"},
