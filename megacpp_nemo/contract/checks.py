@@ -40,8 +40,18 @@ def one_of(*choices: str) -> Rule:
     return Rule(", ".join(map(repr, choices)), choices.__contains__, choices)
 
 
+def up_to(most: int) -> Rule:
+    """Return the rule that accepts 1 to `most`."""
+    return Rule(f"a whole number from 1 to {most:,}", lambda n: 1 <= n <= most)
+
+
 Positive = Annotated[int, Rule("a whole number, 1 or more", lambda n: n >= 1)]
 Count = Annotated[int, Rule("a whole number, 0 or more", lambda n: n >= 0)]
+# Of what is laid out one by one, so that a slip of the finger does not take all memory.
+Depth = Annotated[int, up_to(1000)]
+Experts = Annotated[int, up_to(65_536)]
+Tables = Annotated[int, up_to(256)]
+Rows = Annotated[int, up_to(2**31)]
 AtLeastTwo = Annotated[int, Rule("a whole number, 2 or more", lambda n: n >= 2)]
 # Megatron and NeMo add rank offsets to the seed, and NumPy takes 32 bits.
 Seed = Annotated[int, Rule("a whole number from 0 to 2**31 - 1", lambda n: 0 <= n < 2**31)]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from typing import Annotated, Any
 
-from megacpp_nemo.contract.checks import Checked, Kind, Positive, Text, kinds_of, one_of
+from megacpp_nemo.contract.checks import Checked, Depth, Kind, Text, kinds_of, one_of
 from megacpp_nemo.contract.errors import RecipeError, nearest
 from megacpp_nemo.contract.pattern import FULL_NAM56R_PATTERN, BlockFamily, LayerPattern
 from megacpp_nemo.contract.plasticity import Plasticity
@@ -60,7 +60,7 @@ class HybridRecipe(Checked):
     pattern: LayerPattern = field(
         default_factory=lambda: LayerPattern.parse(FULL_NAM56R_PATTERN),
     )
-    depth: Positive = 52
+    depth: Depth = 52
     corpus: Annotated[str, one_of(*CORPUS_CHOICES)] = "indexed"
     model: ModelShape = field(default_factory=ModelShape)
     parallelism: Parallelism = field(default_factory=Parallelism)

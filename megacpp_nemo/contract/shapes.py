@@ -14,10 +14,13 @@ from megacpp_nemo.contract.checks import (
     AtLeastTwo,
     Checked,
     Count,
+    Experts,
     NonNegativeFloat,
     Positive,
     PositiveFloat,
+    Rows,
     Rule,
+    Tables,
     one_of,
 )
 from megacpp_nemo.contract.errors import PatternError, RecipeError
@@ -89,7 +92,7 @@ class ExpertsShape(Checked):
         aux_loss_coeff: Weight of the load-balancing loss.
     """
 
-    num_experts: Positive = 16
+    num_experts: Experts = 16
     topk: Positive = 4
     ffn_hidden_size: Positive = 896
     shared_expert_size: Count = 1024
@@ -119,8 +122,8 @@ class NgramHashShape(Checked):
     """
 
     orders: Annotated[tuple[AtLeastTwo, ...], DISTINCT] = (2, 3)
-    heads_per_order: Positive = 8
-    table_size: Positive = 500_000
+    heads_per_order: Tables = 8
+    table_size: Rows = 500_000
     dim: Positive = 16
 
     def __post_init__(self) -> None:

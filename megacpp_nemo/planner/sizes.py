@@ -10,6 +10,8 @@ from typing import NamedTuple
 from megacpp_nemo.contract.recipe import HybridRecipe
 from megacpp_nemo.planner.gpus import Gpu, PlanError
 
+MOST = 65_536
+
 
 class Sizes(NamedTuple):
     """The parallel sizes of a layout, as people abbreviate them.
@@ -54,8 +56,15 @@ def nodes_of(count: int, gpu: Gpu) -> tuple[int, int]:
     """Return the nodes that hold a number of GPUs, and the GPUs of each.
 
     Raises:
-        PlanError: If it is not positive, or larger than a node and no multiple of it.
+        PlanError: If it is none of those: not positive, beyond `MOST`, or no multiple of a node.
     """
+    if isinstance(count, int) and count > MOST:
+        raise PlanError(
+            f"Layouts are looked for on up to {MOST:,} GPUs",
+            given=f"count={count}",
+            allowed=f"1 to {MOST}",
+            hint=f"count={MOST}",
+        )
     whole = isinstance(count, int) and not isinstance(count, bool) and count > 0
     if whole and count <= gpu.per_node:
         return 1, count

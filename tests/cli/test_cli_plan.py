@@ -158,6 +158,7 @@ def test_fit_where_nothing_does(megacpp, monkeypatch):
         ("fit", 2, "megacpp fit nam56r"),
         ("fit nam56r --count 12", 3, "--count 16"),
         ("fit nam56r --count 0", 2, "--count 8"),
+        ("fit nam56r --count 10000000", 3, "--count 65536"),
         ("fit nam56r --gpu b20", 3, "--gpu b200"),
         ("fit nam56r --reserve 500", 3, "--reserve 6"),
         ("fit nam56r --reserve -1", 2, "--reserve"),

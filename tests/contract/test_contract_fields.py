@@ -290,3 +290,20 @@ def test_every_dataclass_of_a_recipe_is_checked():
 def test_checks_hold_for_parts_changed_by_dataclasses_replace():
     with pytest.raises(MegaCppError):
         dataclasses.replace(HybridRecipe(), depth=0)
+
+
+@pytest.mark.parametrize(
+    ("path", "most"),
+    [
+        ("depth", 1000),
+        ("model.experts.num_experts", 65_536),
+        ("model.embedding.ngram.table_size", 2**31),
+        ("model.embedding.ngram.heads_per_order", 256),
+    ],
+)
+def test_what_is_laid_out_one_by_one_has_an_end(path, most):
+    """A slip of the finger must not take all memory, or all day."""
+    base = recipe("nam56r_tiny")
+    assert field_paths(with_paths(base, {path: most}))[path] == most
+    error = refusal(RecipeError, with_paths, base, {path: most + 1})
+    assert f"1 to {most:,}" in error.allowed

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from tests.support.shown import shown_commands
+from tests.support.shown import ROOT, shown_commands
 
 COMMANDS = [words for words in shown_commands("nemo llm") if "--factory" in words]
 
@@ -15,7 +17,11 @@ def test_there_are_commands_to_try():
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_a_shown_command_resolves(nemo, words):
+def test_a_shown_command_resolves(nemo, words, tmp_path, monkeypatch):
+    # The executor's file that the commands name is the one that the page shows.
+    page = (ROOT / "docs" / "launch.md").read_text(encoding="utf-8")
+    (tmp_path / "ours.yaml").write_text(re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)[0])
+    monkeypatch.chdir(tmp_path)
     command, option, factory, *rest = words
     assert option == "--factory"
     if command == "finetune":
