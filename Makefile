@@ -20,7 +20,7 @@ train: $(VENV)/.installed
 	$(BIN)/nemo llm pretrain --factory "nam56r_tiny(log_dir='$(RUN)')" --yes
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
