@@ -198,6 +198,10 @@ def test_checking_again_changes_nothing(latent):
 def test_nemo_may_set_the_layout_afterwards():
     config = small_config("AE|MR", pipeline_model_parallel_size=2)
     config.tensor_model_parallel_size, config.sequence_parallel = 2, True
+    # Megatron has set it to the tensor size of before, and would train such experts wrongly.
+    with pytest.raises(RecipeError, match="split otherwise than the other weights"):
+        config.__post_init__()
+    config.expert_tensor_parallel_size = 2
     config.__post_init__()
     config.sequence_parallel = False
     with pytest.raises(RecipeError, match="needs sequence parallelism"):
