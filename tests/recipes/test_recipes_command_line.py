@@ -128,7 +128,7 @@ def test_data_named_by_what_it_is_keeps_the_recipes_rows_and_batches(nemo):
     [
         ("nam56x", "No recipe is called 'nam56x'"),
         ("nam56x(depth=3)", "nam56r_tiny"),
-        ("nam56r_tiny(depth=0)", "a whole number, 1 or more"),
+        ("nam56r_tiny(depth=0)", "a whole number from 1 to 1,000"),
         ("nam56r_tiny(depth=abc)", "depth cannot be 'abc'"),
         ("nam56r_tiny(depht=3)", "try:     'depth'"),
         ("nam56r_tiny(depth=3,num_layers=4)", "changed twice"),
