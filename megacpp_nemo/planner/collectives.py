@@ -13,7 +13,6 @@ TENSOR, EXPERT, EXPERT_TENSOR = "tensor", "expert", "expert tensor"
 TENSOR_EXPERT, TENSOR_CONTEXT, CONTEXT = "tensor and expert", "tensor and context", "context"
 REDUCE, GATHER, SCATTER = "all-reduce", "all-gather", "reduce-scatter"
 EXCHANGE, SEND = "all-to-all", "send"
-DISPATCHERS = ("alltoall", "allgather")
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,8 @@ from typing import Any
 from megacpp_nemo.contract.errors import lookup
 from megacpp_nemo.contract.recipe import HybridRecipe
 from megacpp_nemo.planner.buffers import buffers_of
-from megacpp_nemo.planner.exchanges import (
+from megacpp_nemo.planner.collectives import (
     CONTEXT,
-    DISPATCHERS,
     EXPERT,
     EXPERT_TENSOR,
     GATHER,
@@ -30,9 +29,9 @@ from megacpp_nemo.planner.exchanges import (
     TENSOR_CONTEXT,
     TENSOR_EXPERT,
     Exchange,
-    of_layer,
-    outside_layers,
 )
+from megacpp_nemo.planner.dispatch import DISPATCHERS
+from megacpp_nemo.planner.exchanges import of_layer, outside_layers
 from megacpp_nemo.planner.memory import GRADIENT_BYTES
 from megacpp_nemo.planner.pieces import Piece, Role
 from megacpp_nemo.planner.pipeline import micro_batches

@@ -8,42 +8,18 @@ from megacpp_nemo.contract.pattern import BlockFamily
 from megacpp_nemo.planner.collectives import (
     CONTEXT,
     EXCHANGE,
-    EXPERT,
-    EXPERT_TENSOR,
     GATHER,
     REDUCE,
     SCATTER,
     SEND,
     TENSOR,
-    TENSOR_CONTEXT,
-    TENSOR_EXPERT,
     Exchange,
     Exchanges,
 )
-from megacpp_nemo.planner.dispatch import DISPATCHERS, dispatch
+from megacpp_nemo.planner.dispatch import dispatch
 from megacpp_nemo.planner.pieces import Role
 from megacpp_nemo.planner.saved import SINGLE, Room
 from megacpp_nemo.planner.saved_mixers import mamba_path
-
-__all__ = [
-    "CONTEXT",
-    "DISPATCHERS",
-    "EXCHANGE",
-    "EXPERT",
-    "EXPERT_TENSOR",
-    "GATHER",
-    "REDUCE",
-    "SCATTER",
-    "SEND",
-    "TENSOR",
-    "TENSOR_CONTEXT",
-    "TENSOR_EXPERT",
-    "Exchange",
-    "column",
-    "of_layer",
-    "outside_layers",
-    "row",
-]
 
 
 def column(room: Room, width: int) -> Exchanges:

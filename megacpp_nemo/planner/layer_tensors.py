@@ -48,15 +48,6 @@ def layer_tensors(recipe: HybridRecipe, family: BlockFamily) -> Tensors:
     return _FAMILIES[family](recipe)
 
 
-def _unknown(given: str, what: str) -> RecipeError:
-    return RecipeError(
-        f"No rule says what parameters this has: {what}",
-        given=given,
-        allowed=", ".join(f"{family.letter} ({family.name.lower()})" for family in _FAMILIES),
-        hint="a rule for it in megacpp_nemo.planner.tensors",
-    )
-
-
 def no_rule(given: str, what: str) -> RecipeError:
     """Return the refusal of something whose parameters or work nothing here states."""
     return RecipeError(

@@ -20,17 +20,16 @@ from megacpp_nemo.contract.pattern import BlockFamily
 from megacpp_nemo.contract.recipe import HybridRecipe
 from megacpp_nemo.contract.training import Precision
 from megacpp_nemo.planner.census import Census, data_shards, of_micro_batch
-from megacpp_nemo.planner.communication import group_ranks, ring_bytes
-from megacpp_nemo.planner.exchanges import (
+from megacpp_nemo.planner.collectives import (
     CONTEXT,
     EXPERT,
     EXPERT_TENSOR,
     TENSOR,
     TENSOR_CONTEXT,
     TENSOR_EXPERT,
-    of_layer,
-    outside_layers,
 )
+from megacpp_nemo.planner.communication import group_ranks, ring_bytes
+from megacpp_nemo.planner.exchanges import of_layer, outside_layers
 from megacpp_nemo.planner.flops import forward_flops, training_flops
 from megacpp_nemo.planner.gpus import Gpu, PlanError
 from megacpp_nemo.planner.layouts import Allowed
