@@ -35,6 +35,7 @@ from megacpp_nemo.contract.mixers import (
 )
 from megacpp_nemo.contract.pattern import BlockFamily, LayerPattern
 from megacpp_nemo.contract.primes import first_primes
+from megacpp_nemo.contract.structure import STRUCTURE_CHANNELS, structure_channels
 
 __all__ = [
     "EXPERT_ACTIVATIONS",
@@ -60,18 +61,6 @@ MTP_FAMILIES = (
     BlockFamily.GATED_DELTA_NET,
     BlockFamily.MAMBA,
 )
-# Values of each structure channel, the absent one left out.
-STRUCTURE_CHANNELS = {
-    "category": 9,
-    "dependency level": 16,
-    "AST depth": 64,
-    "sibling index": 64,
-    "AST node type": 256,
-}
-STRUCTURE_SETS = {
-    "core": ("category", "dependency level"),
-    "all": tuple(STRUCTURE_CHANNELS),
-}
 DISTINCT = Rule(
     "a tuple or list of distinct whole numbers, each 2 or more, at least one",
     lambda orders: 0 < len(orders) == len(set(orders)),
@@ -154,7 +143,7 @@ class StructureShape(Checked):
 
         The last row of each is for a token that has no such value.
         """
-        return tuple(STRUCTURE_CHANNELS[name] + 1 for name in STRUCTURE_SETS[choice])
+        return tuple(STRUCTURE_CHANNELS[name] + 1 for name in structure_channels(choice))
 
 
 @dataclass(frozen=True, kw_only=True)

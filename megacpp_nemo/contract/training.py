@@ -19,11 +19,11 @@ from megacpp_nemo.contract.checks import (
 )
 from megacpp_nemo.contract.errors import RecipeError, lookup
 from megacpp_nemo.contract.parallelism import Parallelism, ParallelismMode
+from megacpp_nemo.contract.structure import STRUCTURE_CHOICE
 
 __all__ = [
     "MAMBA_LANES",
     "MAMBA_PATHS",
-    "STRUCTURE_CHOICES",
     "Batch",
     "Cadence",
     "Features",
@@ -157,7 +157,6 @@ class Files(Checked):
 MAMBA_LANES = ("native", "author")
 MAMBA_PATHS = ("auto", "fused", "split", "portable")
 KERNEL_CHOICES = ("required", "available")
-STRUCTURE_CHOICES = ("core", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +173,8 @@ class Features(Checked):
             states it; `fused` demands the packages' kernels, `split` only the scan's (native
             lane), `portable` plain torch.
         ngram_hash: Add the hashed n-gram memory to the embedding.
-        structure: Add code-structure channels: None, `core` or `all`.
+        structure: Add code-structure channels: None, `core` (category and dependency level),
+            `all`, or channels by name, joined by `+` (`category+ast_depth`).
         kernels: `required` refuses to start without the GPU kernel packages; `available` uses
             what is installed and plain torch for the rest.
         reset_state: M and R layers start from a zero state at each document of a packed row;
@@ -189,7 +189,7 @@ class Features(Checked):
     mamba: Annotated[str, one_of(*MAMBA_LANES)] = "native"
     mamba_path: Annotated[str, one_of(*MAMBA_PATHS)] = "auto"
     ngram_hash: bool = True
-    structure: Annotated[str, one_of(*STRUCTURE_CHOICES)] | None = None
+    structure: Annotated[str, STRUCTURE_CHOICE] | None = None
     kernels: Annotated[str, one_of(*KERNEL_CHOICES)] = "required"
     reset_state: bool = False
     reset_attention_mask: bool = False

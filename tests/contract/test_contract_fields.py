@@ -65,7 +65,7 @@ ZERO_IS_FINE = {
 CHOICES = {
     "model.experts.activation": ("gelu", "squared_relu", "swiglu"),
     "features.mamba": ("native", "author"),
-    "features.structure": ("core", "all"),
+    "features.structure": ("core", "all", "category+ast_depth"),
     "features.kernels": ("required", "available"),
     "corpus": ("indexed", "sources"),
     **{f"plasticity.{name}.target": tuple(TARGETS) for name in ("fire", "dash", "shrink")},
@@ -157,7 +157,14 @@ def test_the_default_and_its_json_form_are_accepted(path):
         ),
         (training.Parallelism, "sequence_parallel", 1, False, "True or False"),
         (training.Features, "mamba", "mamba2", "author", "'native', 'author'"),
-        (training.Features, "structure", "some", None, "'core', 'all', or None"),
+        (
+            training.Features,
+            "structure",
+            "some",
+            None,
+            "'core', 'all', or channels joined by '+' (category, dependency_level, ast_depth, "
+            "sibling_index, node_type), or None",
+        ),
         (training.Features, "kernels", "none", "available", "'required', 'available'"),
         (training.Files, "run_dir", "", None, "text that is not blank, or None"),
         (HybridRecipe, "name", "  ", "mine", "text that is not blank"),
