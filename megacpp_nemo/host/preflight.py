@@ -74,13 +74,6 @@ def _unbuilt(config: Any, engine: bool | None) -> list[tuple[str, str, str] | No
     families = [f for f in config.families if f not in BUILT]
     depth = f", mtp_pattern {config.mtp_pattern}" if config.mtp_num_layers else ""
     return [
-        _when(config.ngram_hash, "the hashed n-gram memory", "ngram_hash=True", "ngram_hash=False"),
-        _when(
-            config.structure,
-            "the code-structure channels",
-            f"structure={config.structure!r}",
-            "structure=None",
-        ),
         _when(
             families,
             "layers of these families: " + ", ".join(f.name.lower() for f in families),

@@ -200,6 +200,11 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
         depth = LayerPattern.parse(self.mtp_pattern).layers if self.mtp_num_layers else ()
         return tuple(dict.fromkeys((*self.layers.layers, *depth)))
 
+    @property
+    def has_own_model(self) -> bool:
+        """Whether the model is `HybridMambaModel`; Megatron's own class does without it."""
+        return bool(self.mtp_num_layers or self.ngram_hash or self.structure)
+
     def configure_model(
         self,
         tokenizer: Any,
@@ -214,7 +219,7 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
         """
         refuse_unbuilt(self)
         # NeMo's inference takes Megatron's own class only.
-        build = HybridMambaModel if self.mtp_num_layers else MegatronMambaModel
+        build = HybridMambaModel if self.has_own_model else MegatronMambaModel
         return build(
             self,
             mamba_stack_spec=self.mamba_stack_spec(self),

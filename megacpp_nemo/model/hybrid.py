@@ -1,17 +1,19 @@
-"""Megatron's Mamba model, with multi-token prediction (MTP).
+"""Megatron's Mamba model, with our input side and multi-token prediction (MTP).
 
 Megatron 0.16 accepts `mtp_num_layers` on it and builds nothing. Here the last pipeline stage has
-the depths of `prediction`, a copy of the token embedding under pipeline parallelism, and joins
-the depths' losses to training. Without depths it is Megatron's model.
+the depths of `prediction`, a copy of the embedding under pipeline parallelism, and joins the
+depths' losses to training. The embedding is `InputEmbedding`, whose n-gram memory and structure
+channels read what Megatron's model does not hand on. Without any of these it is Megatron's model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.mamba import MambaModel
 from megatron.core.transformer.multi_token_prediction import (
     MTPLossAutoScaler,
@@ -21,6 +23,8 @@ from megatron.core.transformer.multi_token_prediction import (
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor, nn
 
+from megacpp_nemo.model.documents import DocumentBoundaries
+from megacpp_nemo.model.embedding import InputEmbedding
 from megacpp_nemo.model.prediction import DepthLosses, PredictionBlock
 from megacpp_nemo.model.unused import zero_of
 
@@ -59,19 +63,27 @@ class HybridMambaModel(MambaModel):
 
         Megatron calls this once everything else is built.
         """
+        if self.pre_process:
+            # The tokens' weights stay those that Megatron drew.
+            words = self.embedding.word_embeddings
+            self.embedding = self._input_embedding()
+            self.embedding.word_embeddings = words
         if self.mtp_process:
             self._add_depths()
         super().setup_embeddings_and_output_layer()
 
+    def _input_embedding(self) -> InputEmbedding:
+        return InputEmbedding(
+            config=self.config,
+            vocab_size=self.vocab_size,
+            max_sequence_length=self.max_sequence_length,
+            position_embedding_type=self.position_embedding_type,
+            tp_group=self.pg_collection.tp,
+        )
+
     def _add_depths(self) -> None:
         if not self.pre_process:
-            self.embedding = LanguageModelEmbedding(
-                config=self.config,
-                vocab_size=self.vocab_size,
-                max_sequence_length=self.max_sequence_length,
-                position_embedding_type=self.position_embedding_type,
-                tp_group=self.pg_collection.tp,
-            )
+            self.embedding = self._input_embedding()
             # So that the optimizer treats both copies alike.
             self.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True
             if self.share_embeddings_and_output_weights:
@@ -100,6 +112,7 @@ class HybridMambaModel(MambaModel):
         labels: Tensor | None = None,
         *args: Any,
         loss_mask: Tensor | None = None,
+        structure: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Return what Megatron's model returns: logits, or with labels the main head's losses.
@@ -115,6 +128,7 @@ class HybridMambaModel(MambaModel):
             labels: The next tokens `[batch, seq]`.
             *args: Megatron's further arguments.
             loss_mask: `[batch, seq]`, 0 where a label does not count; all count if not given.
+            structure: Ids `[batch, seq]` of the structure channels by name; None if all are absent.
             **kwargs: Megatron's further arguments.
         """
         if self.mtp_process and self.training and labels is not None:
@@ -122,12 +136,28 @@ class HybridMambaModel(MambaModel):
                 input_ids=input_ids, position_ids=position_ids, labels=labels, loss_mask=loss_mask
             )
         try:
-            output: Tensor = super().forward(
-                input_ids, position_ids, attention_mask, decoder_input, labels, *args, **kwargs
-            )
+            with self._reading(input_ids, structure, kwargs):
+                output: Tensor = super().forward(
+                    input_ids, position_ids, attention_mask, decoder_input, labels, *args, **kwargs
+                )
             return output
         finally:
             self._batch = None
+
+    def _reading(
+        self, tokens: Tensor, structure: Mapping[str, Tensor] | None, given: dict[str, Any]
+    ) -> AbstractContextManager[None]:
+        """Return the context in which this stage's embedding, if it has one, knows the batch."""
+        if not (self.pre_process or self._batch is not None):
+            return nullcontext()
+        boundaries = given.get("packed_seq_params")
+        documents = boundaries.document_ids if isinstance(boundaries, DocumentBoundaries) else None
+        return self.embedding.reading(
+            tokens,
+            document_ids=documents,
+            structure=structure,
+            inference_context=given.get("inference_context"),
+        )
 
     def _predict(
         self, decoder: nn.Module, arguments: Any, given: dict[str, Any], hidden: Tensor

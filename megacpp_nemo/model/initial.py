@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import zlib
 
 import torch
 from torch import Tensor, nn
 
 STEP_MIN, STEP_MAX, STEP_FLOOR = 1e-3, 1e-1, 1e-4
+# Rows of a table drawn at once: what is drawn beyond this rank's columns is thrown away.
+TABLE_BLOCK = 1 << 18
 
 
 def parameter_device() -> torch.device | None:
@@ -46,3 +49,25 @@ def inverse_softplus_steps(count: int, dtype: torch.dtype) -> Tensor:
     low, high = math.log(STEP_MIN), math.log(STEP_MAX)
     steps = torch.exp(uniform * (high - low) + low).clamp(min=STEP_FLOOR)
     return (steps + torch.log(-torch.expm1(-steps))).to(dtype)
+
+
+def unit_rows(weight: nn.Parameter, width: int, first: int, *, seed: int, name: str) -> None:
+    """Fill a part of a table with normal rows, of length 1 in expectation.
+
+    The table has a generator of its own: it is the same whatever splits it, and what is drawn
+    for the rest of the model is the same with and without it.
+
+    Args:
+        weight: `[rows, part]`, columns `first` to `first + part` of the table.
+        width: Columns of the whole table.
+        first: First column of the part.
+        seed: The model's.
+        name: Of the table, which tells its draw from those of others.
+    """
+    if weight.is_meta:
+        return
+    draw = torch.Generator(device=weight.device).manual_seed(seed ^ zlib.crc32(name.encode()))
+    with torch.no_grad():
+        for rows in weight.split(TABLE_BLOCK):
+            whole = torch.randn(len(rows), width, generator=draw, device=weight.device)
+            rows.copy_(whole[:, first : first + weight.size(1)] * width**-0.5)

@@ -46,11 +46,25 @@ class HybridModel(MambaModel):
         super().__init__(config, optim=optim, tokenizer=tokenizer, model_transform=model_transform)
         self._curves: Optional[LayerCurves] = None
 
-    def forward(self, *args: Any, loss_mask: Optional[Tensor] = None, **kwargs: Any) -> Tensor:
-        """Run the model; `loss_mask` `[batch, seq]` is for multi-token prediction alone."""
-        if not self.config.mtp_num_layers:
+    def forward(
+        self,
+        *args: Any,
+        loss_mask: Optional[Tensor] = None,
+        structure: Optional[dict[str, Tensor]] = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Run the model.
+
+        Args:
+            *args: Megatron's.
+            loss_mask: `[batch, seq]`, for multi-token prediction alone.
+            structure: Ids `[batch, seq]` of the structure channels by name.
+            **kwargs: Megatron's.
+        """
+        if not self.config.has_own_model:
             return super().forward(*args, **kwargs)
-        return self.module(*args, loss_mask=loss_mask, **{"attention_mask": None, **kwargs})
+        ours = {"loss_mask": loss_mask, "structure": structure}
+        return self.module(*args, **ours, **{"attention_mask": None, **kwargs})
 
     def on_train_start(self) -> None:
         """Begin to count what the layers report."""

@@ -13,6 +13,7 @@ transformer layer each.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -183,7 +184,7 @@ class PredictionDepth(MultiTokenPredictionLayer):
         input_ids, position_ids, embedded, hidden_states = self._get_embeddings(
             input_ids=input_ids,
             position_ids=position_ids,
-            embedding=embedding,
+            embedding=partial(embedding, ahead=self.layer_number),
             hidden_states=hidden_states,
         )
         with get_cuda_rng_tracker().fork() if self.sequence_parallel else nullcontext():

@@ -12,13 +12,16 @@ from typing import Any
 from megacpp_nemo.contract.shapes import (
     AttentionShape,
     AuthorMambaShape,
+    EmbeddingShape,
     ExpertsShape,
     LatentShape,
     MambaShape,
     ModelShape,
     MultiTokenPredictionShape,
+    NgramHashShape,
     RecurrentShape,
     SparseAttentionShape,
+    StructureShape,
 )
 from megacpp_nemo.contract.training import Features, Parallelism
 
@@ -55,6 +58,15 @@ def shape_of(config: Any) -> tuple[ModelShape, Features]:
             num_layers=config.mtp_num_layers or 0,
             pattern=config.mtp_pattern,
             loss_scaling_factor=config.mtp_loss_scaling_factor,
+        ),
+        embedding=EmbeddingShape(
+            ngram=NgramHashShape(
+                orders=config.ngram_orders,
+                heads_per_order=config.ngram_heads_per_order,
+                table_size=config.ngram_table_size,
+                dim=config.ngram_dim,
+            ),
+            structure=StructureShape(bottleneck=config.structure_bottleneck),
         ),
     )
     features = Features(
