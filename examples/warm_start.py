@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
-import statistics
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from comparison import Curve, mean_and_spread, plot, read_curves, run_arms
 from lightning.pytorch import Callback
 
 from megacpp_nemo.contract import MegaCppError
@@ -99,61 +96,22 @@ def train(given: argparse.Namespace, seed: int, arm: str) -> float:
     return float(json.loads((folder / "curve.json").read_text())[-1][1])
 
 
-class Curve(Callback):
-    """Keep the validation loss by step."""
-
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
-        self.points: list[tuple[int, float]] = []
-
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Note the loss of a validation that ended."""
-        loss = trainer.callback_metrics.get("val_loss")
-        if loss is not None:
-            self.points.append((trainer.global_step, float(loss)))
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.points))
-
-
 def report(given: argparse.Namespace, seeds: range) -> str:
     """Write the numbers and the plot, and return the table."""
-    curves = {
-        arm: [
-            json.loads((given.folder / f"seed_{seed}" / arm / "curve.json").read_text())
-            for seed in seeds
-        ]
-        for arm in ARMS
-    }
+    curves = read_curves(given.folder, ARMS, seeds)
     lines = [f"{'':<16}{'loss':>8}{'+-':>8}{'at half':>10}"]
     for arm, runs in curves.items():
-        last = [points[-1][1] for points in runs]
-        half = [points[len(points) // 2][1] for points in runs]
-        spread = statistics.stdev(last) if len(last) > 1 else math.nan
-        lines.append(
-            f"{arm:<16}{statistics.mean(last):>8.4f}{spread:>8.4f}{statistics.mean(half):>10.4f}"
-        )
+        last, spread = mean_and_spread([points[-1][1] for points in runs])
+        half, _ = mean_and_spread([points[len(points) // 2][1] for points in runs])
+        lines.append(f"{arm:<16}{last:>8.4f}{spread:>8.4f}{half:>10.4f}")
     (given.folder / "warm_start.json").write_text(json.dumps(curves, indent=1))
-    _plot(curves, given.folder / "warm_start.png")
+    plot(
+        curves,
+        given.folder / "warm_start.png",
+        "optimizer step on all data",
+        "validation loss, nats per token",
+    )
     return "\n".join(lines)
-
-
-def _plot(curves: dict[str, Any], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for arm, runs in curves.items():
-        steps = [step for step, _ in runs[0]]
-        means = [
-            statistics.mean(values)
-            for values in zip(*([loss for _, loss in points] for points in runs), strict=True)
-        ]
-        axes.plot(steps, means, label=arm)
-    axes.set(xlabel="optimizer step on all data", ylabel="validation loss, nats per token")
-    axes.legend()
-    figure.savefig(path, dpi=120)
 
 
 def _make_tokenizer(given: argparse.Namespace) -> None:
@@ -181,27 +139,15 @@ def main() -> None:
             return
         _make_tokenizer(given)
         seeds = range(1, given.seeds + 1)
-        with ThreadPoolExecutor(given.workers) as pool:
-            for arms in (("first",), ARMS):
-                jobs = [(given, seed, arm) for seed in seeds for arm in arms]
-                list(pool.map(_in_a_process, jobs))
+        words = ["--later", given.later]
+        for name in ("folder", "steps", "corpus"):
+            words += [f"--{name}", getattr(given, name)]
+        for arms in (("first",), ARMS):
+            jobs = [(seed, arm) for seed in seeds for arm in arms]
+            run_arms(__file__, words, jobs, given.workers)
         print(report(given, seeds))
     except MegaCppError as error:
         sys.exit(f"warm_start: {error}")
-
-
-def _in_a_process(job: tuple[argparse.Namespace, int, str]) -> None:
-    """Train one arm in a process of its own: Megatron keeps the state of a run in its modules."""
-    given, seed, arm = job
-    print(f"seed {seed}: {arm}", flush=True)
-    named = {"folder": given.folder, "steps": given.steps, "corpus": given.corpus}
-    words = [sys.executable, __file__, "--later", given.later]
-    words += [word for name, value in named.items() for word in (f"--{name}", value)]
-    ended = subprocess.run(
-        [*map(str, words), "--only", str(seed), arm], capture_output=True, text=True, check=False
-    )
-    if ended.returncode:
-        sys.exit(f"warm_start: seed {seed}, {arm} failed:\n{ended.stderr[-2000:]}")
 
 
 if __name__ == "__main__":  # data loaders and checkpoint writers may start this file again

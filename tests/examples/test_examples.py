@@ -17,7 +17,8 @@ from tests.support.processes import in_process
 from tests.support.training import write_sources
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py"))
+SHARED = "comparison.py"
+SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != SHARED)
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +48,7 @@ def script(name: str, *args: str) -> str:
     for variable in LAUNCHED:
         os.environ.pop(variable, None)
     sys.argv = [name, *args]
+    sys.path.insert(0, str(EXAMPLES))  # as Python does for a script
     try:
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     except SystemExit as end:
@@ -55,7 +57,9 @@ def script(name: str, *args: str) -> str:
 
 
 def test_each_guards_its_start_and_is_short():
-    assert SCRIPTS == ["compose.py", "own_sources.py", "two_processes.py", "warm_start.py"]
+    assert [
+        *("compose.py", "input_side.py", "own_sources.py", "two_processes.py", "warm_start.py")
+    ] == SCRIPTS
     for name in SCRIPTS:
         text = (EXAMPLES / name).read_text()
         assert 'if __name__ == "__main__":' in text
@@ -135,3 +139,17 @@ def test_warm_start_goes_on_from_the_first_half_with_each_lever(sources, tmp_pat
         assert json.loads((folder / "seed_1" / arm / "curve.json").read_text())[-1][0] == 4
     journal = (folder / "seed_1" / "fire" / "plasticity" / "journal.jsonl").read_text()
     assert '"cause": "data"' in journal
+
+
+def test_the_input_side_is_compared_arm_by_arm(sources, tmp_path, capfd):
+    folder = tmp_path / "inputs"
+    words = ("--folder", str(folder), "--seeds", "1", "--steps", "4", "--corpus", str(sources))
+    for arm in ("none", "both"):
+        assert in_process(script, "input_side.py", *words, "--only", "1", arm) == ""
+    none, both = (
+        json.loads((folder / "seed_1" / arm / "curve.json").read_text()) for arm in ("none", "both")
+    )
+    assert [step for step, _ in none] == [step for step, _ in both] == [1, 2, 3, 4]
+    # The features are there, and change nothing before they are trained.
+    assert none[-1][1] != both[-1][1]
+    assert abs(none[0][1] - both[0][1]) < 0.01
