@@ -22,7 +22,12 @@ compat.install()  # before NeMo, whose checkpoint module needs one of the adapte
 
 from megacpp_nemo.recipes import command_line  # noqa: E402
 from megacpp_nemo.recipes.build import model_config, to_nemo  # noqa: E402
-from megacpp_nemo.recipes.corpora import cpp_folder, cpp_headers, indexed_files  # noqa: E402
+from megacpp_nemo.recipes.corpora import (  # noqa: E402
+    corpus_folders,
+    cpp_folder,
+    cpp_headers,
+    indexed_files,
+)
 from megacpp_nemo.recipes.corpora import use_data as use_data  # noqa: E402
 from megacpp_nemo.recipes.factories import FACTORIES  # noqa: E402
 from megacpp_nemo.recipes.finetune import to_finetune  # noqa: E402
@@ -34,6 +39,7 @@ command_line.install()
 __all__ = [
     "FACTORIES",
     "LEVER_FACTORIES",
+    "corpus_folders",
     "cpp_folder",
     "cpp_headers",
     "dash",

@@ -1,6 +1,7 @@
 """Data parts that fit any recipe, by what they are.
 
     nemo llm pretrain --factory nam56r_tiny data="cpp_folder(root=/src/project)"
+    nemo llm pretrain --factory nam56r_tiny data="corpus_folders(folders=/data/corpus)"
     nemo llm pretrain --factory nam56r data="indexed_files(paths=/data/cpp,tokenizer_dir=/data/tok)"
 
 Such a part says where the rows come from; how long they are, and how many make a batch, stays
@@ -19,7 +20,7 @@ import lightning.pytorch as pl
 import nemo_run as run
 
 from megacpp_nemo.contract import DataError
-from megacpp_nemo.data.module import CppDataModule, IndexedDataModule
+from megacpp_nemo.data.module import CorpusDataModule, CppDataModule, IndexedDataModule
 
 RECIPE_ARGUMENTS = (
     "seq_length",
@@ -27,6 +28,7 @@ RECIPE_ARGUMENTS = (
     "global_batch_size",
     "seed",
     "num_train_samples",
+    "structure",  # the channels that the model has
     "tokenizer_dir",  # of a fine-tuning recipe, whose weights belong to it
 )
 
@@ -60,6 +62,18 @@ def cpp_folder(root: Optional[str] = None, tokenizer_dir: Optional[str] = None) 
             hint='data="cpp_folder(root=/src/project)"',
         )
     return _config(CppDataModule, root=root, tokenizer_dir=tokenizer_dir)
+
+
+@run.cli.factory(target=pl.LightningDataModule)
+def corpus_folders(folders: Any = None) -> run.Config:
+    """Corpora with structure channels, as `megacpp data build` makes them.
+
+    The folders are needed before the data is built; they may be given later, as an override.
+
+    Args:
+        folders: One folder, a list of them, or weights and folders in turn.
+    """
+    return _config(CorpusDataModule, folders=folders)
 
 
 @run.cli.factory(target=pl.LightningDataModule)

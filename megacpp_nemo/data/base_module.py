@@ -1,4 +1,4 @@
-"""What both data modules share: how many samples are asked for, and from which files.
+"""What all data modules share: how many samples are asked for, and from which files.
 
 NeMo's `PreTrainingDataModule` does the serving; this class replaces its `build`, whose
 assertions and sample counts do not hold up when a run is extended or its data is small.
@@ -18,8 +18,17 @@ from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule
 
 from megacpp_nemo.contract.errors import DataError
 from megacpp_nemo.data import cache
-from megacpp_nemo.data.checks import check_batch_sizes, check_enough_tokens, load_tokenizer
-from megacpp_nemo.data.dataset import DocumentDataset
+from megacpp_nemo.data.blend import Blend, prefixes
+from megacpp_nemo.data.channels import check_channels
+from megacpp_nemo.data.checks import (
+    check_batch_sizes,
+    check_enough_tokens,
+    check_fim,
+    check_structure,
+    load_tokenizer,
+)
+from megacpp_nemo.data.dataset import DocumentDataset, DocumentDatasetConfig
+from megacpp_nemo.data.fim import Fim, Sentinels
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +56,7 @@ class DocumentDataModule(PreTrainingDataModule):
     def _serve(
         self,
         *,
-        paths: Any,
+        paths: Blend,
         tokens: Mapping[str, int],
         tokenizer_dir: str | Path | None,
         index_mapping_dir: Path,
@@ -56,6 +65,9 @@ class DocumentDataModule(PreTrainingDataModule):
         micro_batch_size: int,
         global_batch_size: int,
         num_workers: int,
+        structure: str | None,
+        fim_rate: float,
+        fim_spm_rate: float,
         **upstream: Any,
     ) -> None:
         """Check the arguments, which the subclasses document, and construct the parent.
@@ -63,11 +75,20 @@ class DocumentDataModule(PreTrainingDataModule):
         `paths` is in NeMo's form; `tokens` counts those of `train` and `validation`; `upstream`
         goes to NeMo's data module as it is.
         """
+        check_fim(fim_rate, fim_spm_rate)
+        channels = check_structure(structure)
         check_batch_sizes(seq_length, micro_batch_size, global_batch_size, num_workers)
         check_enough_tokens(tokens, seq_length, micro_batch_size, global_batch_size)
+        tokenizer = load_tokenizer(tokenizer_dir)
+        fim = None
+        if fim_rate > 0:
+            fim = Fim(rate=fim_rate, spm_rate=fim_spm_rate, sentinels=Sentinels.of(tokenizer))
+        # Here rather than when the rows are built: there the other ranks wait for rank 0.
+        for prefix in _all_prefixes(paths) if channels else ():
+            check_channels(prefix, channels)
         super().__init__(
             paths=paths,
-            tokenizer=load_tokenizer(tokenizer_dir),
+            tokenizer=tokenizer,
             seq_length=seq_length,
             micro_batch_size=micro_batch_size,
             global_batch_size=global_batch_size,
@@ -83,6 +104,25 @@ class DocumentDataModule(PreTrainingDataModule):
         # needs none, and a [seq, seq] mask for each row is by far the largest part of a batch.
         self.create_attention_mask = False
         self._tokens = dict(tokens)
+        self._channels, self._fim = channels, fim
+
+    @property
+    def gpt_dataset_config(self) -> DocumentDatasetConfig:
+        """The parent's settings of a dataset, with the channels and fill-in-the-middle."""
+        return DocumentDatasetConfig(
+            random_seed=self.seed,
+            sequence_length=self.seq_length,
+            tokenizer=self.tokenizer,
+            path_to_cache=self.index_mapping_dir,
+            reset_position_ids=self.reset_position_ids,
+            create_attention_mask=self.create_attention_mask,
+            reset_attention_mask=self.reset_attention_mask,
+            eod_mask_loss=self.eod_mask_loss,
+            num_dataset_builder_threads=self.num_dataset_builder_threads,
+            channels=self._channels,
+            fim=self._fim,
+            **self.build_kwargs,
+        )
 
     def build(
         self,
@@ -177,6 +217,11 @@ class DocumentDataModule(PreTrainingDataModule):
         ):
             discard_damaged_orders(folder)
             return builder.build()
+
+
+def _all_prefixes(paths: Blend) -> list[str]:
+    entries = paths.values() if isinstance(paths, dict) else [paths]
+    return sorted({prefix for entry in entries for prefix in prefixes(entry)})
 
 
 def discard_damaged_orders(folder: Path) -> None:

@@ -33,7 +33,7 @@ def normalized_paths(paths: Any) -> Blend:
             hint="data.paths=/data/cpp_text_document for /data/cpp_text_document.bin and .idx",
         )
     if not isinstance(paths, dict):
-        return _entry(paths)
+        return blend_entry(paths)
     unknown = sorted(set(map(str, paths)) - set(SPLITS))
     missing = [name for name in SPLITS[:2] if not paths.get(name)]
     if unknown or missing:
@@ -42,7 +42,7 @@ def normalized_paths(paths: Any) -> Blend:
             given=sorted(map(str, paths)),
             allowed="train and validation, and optionally test",
         )
-    return {name: _entry(paths.get(name) or paths["validation"]) for name in SPLITS}
+    return {name: blend_entry(paths.get(name) or paths["validation"]) for name in SPLITS}
 
 
 def blend_tokens(blend: Blend, split: str, seq_length: int) -> tuple[dict[str, int], list[str]]:
@@ -53,11 +53,11 @@ def blend_tokens(blend: Blend, split: str, seq_length: int) -> tuple[dict[str, i
             split is shorter than one row (Megatron would then repeat it without end).
     """
     if isinstance(blend, dict):
-        parts = {name: [(prefix, 0.0, 1.0) for prefix in _prefixes(blend[name])] for name in SPLITS}
+        parts = {name: [(prefix, 0.0, 1.0) for prefix in prefixes(blend[name])] for name in SPLITS}
     else:
         shares = _shares(split)
         parts = {
-            name: [(prefix, *share) for prefix in _prefixes(blend)] if share else []
+            name: [(prefix, *share) for prefix in prefixes(blend)] if share else []
             for name, share in zip(SPLITS, shares, strict=True)
         }
     opened: dict[str, IndexedFile] = {}
@@ -72,8 +72,12 @@ def blend_tokens(blend: Blend, split: str, seq_length: int) -> tuple[dict[str, i
     return totals, sorted(opened)
 
 
-def _entry(paths: Any) -> list[str]:
-    """Return one split's paths as texts, weights included."""
+def blend_entry(paths: Any) -> list[str]:
+    """Return one split's paths as texts, weights included.
+
+    Raises:
+        DataError: Weights and paths do not alternate, or a weight is not above 0.
+    """
     if isinstance(paths, str | os.PathLike):
         paths = [paths]
     if not isinstance(paths, list | tuple):
@@ -95,7 +99,8 @@ def _entry(paths: Any) -> list[str]:
 _FORMS = "PREFIX, [PREFIX, PREFIX, ...] or [WEIGHT, PREFIX, WEIGHT, PREFIX, ...]"
 
 
-def _prefixes(entry: Sequence[str]) -> list[str]:
+def prefixes(entry: Sequence[str]) -> list[str]:
+    """Return the paths of what `blend_entry` returns, without the weights."""
     return list(entry[1::2] if _is_number(entry[0]) else entry)
 
 

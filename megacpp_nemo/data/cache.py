@@ -19,7 +19,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,24 +47,29 @@ def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
 
 
 @contextmanager
-def locked(root: Path, name: str) -> Iterator[None]:
-    """Hold the lock `name` of the cache at `root`, waiting for another holder without limit.
+def locked(root: Path, name: str, setting: str = "cache_dir") -> Iterator[None]:
+    """Hold the lock `name` of the folder `root`, waiting for another holder without limit.
 
-    The operating system frees the lock of a process that dies.
+    The operating system frees the lock of a process that dies. `root` is made if it is not
+    there, and again if the holder that was waited for removed it.
 
     Raises:
-        DataError: The cache cannot be written.
+        DataError: `root` cannot be written; the hint names `setting`.
     """
     from filelock import FileLock, Timeout
 
     lock = FileLock(root / f"{name}.lock")
-    with disk_errors(root, needed_bytes=None):
-        root.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            logger.warning("waiting for another process that is building in %s", root)
-            lock.acquire()
+    timeout = 0
+    with disk_errors(root, needed_bytes=None, setting=setting):
+        while not lock.is_locked:
+            root.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=timeout)
+            except Timeout:
+                logger.warning("waiting for another process that is building in %s", root)
+                timeout = -1
+            except FileNotFoundError:
+                continue
     try:
         yield
     finally:
@@ -94,8 +99,14 @@ def staged_folder(final: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def disk_errors(root: Path, needed_bytes: int | None) -> Iterator[None]:
-    """Turn a full disk or an unwritable folder under `root` into a DataError."""
+def disk_errors(root: Path, needed_bytes: int | None, setting: str = "cache_dir") -> Iterator[None]:
+    """Turn a full disk or an unwritable folder under `root` into a DataError.
+
+    Args:
+        root: The folder to name.
+        needed_bytes: About how much the work needs, where that is known.
+        setting: What the user sets to go elsewhere.
+    """
     try:
         yield
     except DataError:
@@ -106,16 +117,16 @@ def disk_errors(root: Path, needed_bytes: int | None) -> Iterator[None]:
             raise
         if code in _NO_SPACE:
             raise DataError(
-                "No space left on the disk of the corpus cache",
+                "No space left for the corpus",
                 given=str(root),
                 allowed=None if needed_bytes is None else f"about {needed_bytes:,} bytes free",
-                hint="free some space, or set cache_dir to another disk",
+                hint=f"free some space and run again, or set {setting} to another disk",
             ) from error
         raise DataError(
-            "The corpus cache cannot be written",
+            "The corpus cannot be written",
             given=f"{root}: {error}",
             allowed="a folder this user may write to, on a file system with locks",
-            hint="set cache_dir to another folder",
+            hint=f"set {setting} to another folder",
         ) from error
 
 
@@ -134,26 +145,45 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of `folder` after checking every file in it.
+def read_manifest(
+    folder: Path, hashed: Callable[[str], bool] = lambda name: True
+) -> dict[str, Any]:
+    """Return the manifest of `folder` after checking it and every file in it.
 
     Sizes are compared first and hashes after: the whole check reads the folder once, well under
     a second for a corpus of tens of MB.
 
+    Args:
+        folder: A folder with a manifest.
+        hashed: Whether the content of a file is checked, by its name; sizes always are.
+
     Raises:
         DamagedError: The manifest or a file it names is not as it was written.
+    """
+    manifest = read_manifest_alone(folder)
+    files = manifest["files"]
+    for name, expected in files.items():
+        check_size(folder / name, name, expected)
+    for name, expected in files.items():
+        if hashed(name):
+            check_hash(folder / name, name, expected)
+    return manifest
+
+
+def read_manifest_alone(folder: Path) -> dict[str, Any]:
+    """Return the manifest of `folder`; of the files in it nothing is looked at.
+
+    Raises:
+        DamagedError: The manifest is not as it was written.
     """
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         checksum = manifest.pop("checksum")
-        files = dict(manifest["files"])
+        manifest["files"] = dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{MANIFEST} cannot be read ({error})") from error
     if checksum != _checksum(manifest):
         raise DamagedError(f"{MANIFEST} does not match its checksum")
-    for check in (_check_size, _check_hash):
-        for name, expected in files.items():
-            check(folder / name, name, expected)
     return manifest
 
 
@@ -166,7 +196,8 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_size(path: Path, name: str, expected: Mapping[str, Any]) -> None:
+def check_size(path: Path, name: str, expected: Mapping[str, Any]) -> None:
+    """Raise DamagedError unless the file has the size that the manifest gives it."""
     try:
         size = path.stat().st_size
     except OSError as error:
@@ -175,7 +206,8 @@ def _check_size(path: Path, name: str, expected: Mapping[str, Any]) -> None:
         raise DamagedError(f"{name} has {size:,} bytes instead of {expected['size_bytes']:,}")
 
 
-def _check_hash(path: Path, name: str, expected: Mapping[str, Any]) -> None:
+def check_hash(path: Path, name: str, expected: Mapping[str, Any]) -> None:
+    """Raise DamagedError unless the file has the content that the manifest gives it."""
     try:
         if file_sha256(path) == expected["sha256"]:
             return

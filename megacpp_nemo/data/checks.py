@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megacpp_nemo.contract.errors import DataError
+from megacpp_nemo.contract.structure import (
+    STRUCTURE_CHOICE,
+    is_structure_choice,
+    structure_channels,
+)
 from megacpp_nemo.data.tokenizer import no_end_token, tokenizer_folder
 
 if TYPE_CHECKING:
@@ -75,3 +80,30 @@ def load_tokenizer(folder: str | Path | None) -> AutoTokenizer:
     if tokenizer.eos_token is None:
         raise no_end_token(folder)
     return tokenizer
+
+
+def check_structure(structure: str | None) -> tuple[str, ...]:
+    """Return the channels that `structure` names.
+
+    Raises:
+        DataError: It is not a choice of channels.
+    """
+    if structure is not None and not is_structure_choice(structure):
+        raise DataError(
+            "The structure channels cannot be read",
+            given=f"structure={structure!r}",
+            allowed=STRUCTURE_CHOICE.text,
+            hint="data.structure=core",
+        )
+    return structure_channels(structure)
+
+
+def check_fim(fim_rate: float, fim_spm_rate: float) -> None:
+    """Raise DataError unless both are shares."""
+    if not (0 <= fim_rate <= 1 and 0 <= fim_spm_rate <= 1):
+        raise DataError(
+            "A rate of fill-in-the-middle is out of range",
+            given=f"{fim_rate=}, {fim_spm_rate=}",
+            allowed="0 to 1",
+            hint="data.fim_rate=0.5 permutes every other document",
+        )

@@ -1,4 +1,8 @@
-"""The facts of a Megatron indexed file (`PREFIX.bin`, `PREFIX.idx`), checked before training.
+"""The facts of Megatron indexed files (`PREFIX.bin`, `PREFIX.idx`), checked before training.
+
+- `open_indexed`: the facts of one file
+- `read_elements`: what one file holds
+- `fingerprint`: a name for the present content of files
 
 Megatron meets a damaged or missing file with an assertion, and an empty split with an endless
 loop; reading the header first turns both into errors a user can act on.
@@ -15,15 +19,27 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megacpp_nemo.contract.errors import DataError
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")
-_TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+# By the code that stands for them in an index; Megatron's two floating-point types hold no ids.
+TOKEN_TYPES = {
+    code: np.dtype(dtype)
+    for code, dtype in {
+        1: np.uint8,
+        2: np.int8,
+        3: np.int16,
+        4: np.int32,
+        5: np.int64,
+        8: np.uint16,
+    }.items()
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +89,21 @@ def open_indexed(prefix: str | os.PathLike[str]) -> IndexedFile:
         raise DataError("An indexed data file cannot be read", given=str(error)) from error
 
 
+def read_elements(prefix: str | os.PathLike[str]) -> npt.NDArray[Any]:
+    """Return all elements of a file laid end to end, mapped from it, [sum of lengths].
+
+    Raises:
+        DataError: As `open_indexed` says.
+    """
+    open_indexed(prefix)
+    with open(f"{os.fspath(prefix)}.idx", "rb") as stream:
+        code = HEADER.unpack(stream.read(HEADER.size))[2]
+    path = Path(f"{os.fspath(prefix)}.bin")
+    if not path.stat().st_size:
+        return np.empty(0, TOKEN_TYPES[code])
+    return np.memmap(path, dtype=TOKEN_TYPES[code], mode="r")
+
+
 def fingerprint(prefixes: list[str]) -> str:
     """Return a short name for the present content of these files, from sizes and times.
 
@@ -90,23 +121,23 @@ def fingerprint(prefixes: list[str]) -> str:
 
 def _read(prefix: str, bin_path: Path, idx_path: Path) -> IndexedFile:
     with idx_path.open("rb") as stream:
-        header = stream.read(_HEADER.size)
-    if len(header) < _HEADER.size or header[:9] != _MAGIC:
+        header = stream.read(HEADER.size)
+    if len(header) < HEADER.size or header[:9] != MAGIC:
         raise _damaged(idx_path, "it does not start as a Megatron index does")
-    _, version, code, sequences, documents = _HEADER.unpack(header)
-    if version != 1 or code not in _TOKEN_BYTES:
+    _, version, code, sequences, documents = HEADER.unpack(header)
+    if version != 1 or code not in TOKEN_TYPES:
         raise _damaged(idx_path, f"unknown version {version} or token type code {code}")
     arrays_bytes = 12 * sequences + 8 * documents
     # One more byte for each sequence holds the modality in multimodal files.
-    allowed = (_HEADER.size + arrays_bytes, _HEADER.size + arrays_bytes + sequences)
+    allowed = (HEADER.size + arrays_bytes, HEADER.size + arrays_bytes + sequences)
     if idx_path.stat().st_size not in allowed:
         raise _damaged(idx_path, f"{idx_path.stat().st_size:,} bytes instead of {allowed[0]:,}")
     lengths: npt.NDArray[np.int32] = np.empty(0, dtype=np.int32)
     if sequences:
         lengths = np.memmap(
-            idx_path, dtype=np.int32, mode="r", offset=_HEADER.size, shape=(sequences,)
+            idx_path, dtype=np.int32, mode="r", offset=HEADER.size, shape=(sequences,)
         )
-    needed = int(lengths.sum(dtype=np.int64)) * _TOKEN_BYTES[code]
+    needed = int(lengths.sum(dtype=np.int64)) * TOKEN_TYPES[code].itemsize
     if bin_path.stat().st_size != needed:
         raise _damaged(bin_path, f"{bin_path.stat().st_size:,} bytes instead of {needed:,}")
     return IndexedFile(prefix=prefix, sequence_lengths=lengths)

@@ -3,7 +3,7 @@
 - `SourceSet`: a folder, the suffixes that count as C++, and the globs left out
 - `default_source_set`: the C++ headers that ship with torch
 - `scan_sources`: every usable file with its content hash, and why the others were skipped
-- `read_source`: the text of one scanned file
+- `read_source`, `read_content`: the text of one scanned file, and its bytes
 """
 
 from __future__ import annotations
@@ -154,14 +154,23 @@ def read_source(scan: SourceScan, file: SourceFile) -> str:
     Raises:
         DataError: The file is no longer what it was when it was scanned.
     """
-    content = _read_bytes(scan.root / file.path)
+    return read_content(scan.root, file).decode("utf-8")
+
+
+def read_content(root: Path, file: SourceFile) -> bytes:
+    """Return the bytes of a file found under `root`, as they were when it was scanned.
+
+    Raises:
+        DataError: The file is no longer what it was when it was scanned.
+    """
+    content = _read_bytes(root / file.path)
     if content is None or hashlib.sha256(content).hexdigest() != file.sha256:
         raise DataError(
             "A source file changed while the corpus was being built",
-            given=str(scan.root / file.path),
+            given=str(root / file.path),
             hint="run again once the files are at rest",
         )
-    return content.decode("utf-8")
+    return content
 
 
 def _checked_root(source_set: SourceSet) -> Path:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -85,12 +88,12 @@ def corpus(shared_tree: Path, shared_cache: Path) -> Corpus:
 def write_indexed(tmp_path: Path) -> Callable[..., str]:
     """Write documents as a Megatron indexed file and return its prefix."""
 
-    def write(name: str, documents: list[list[int]]) -> str:
+    def write(name: str, documents: list[list[int]], dtype: str = "uint16") -> str:
         import numpy as np
         from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
         prefix = str(tmp_path / name)
-        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.dtype(dtype).type)
         for ids in documents:
             builder.add_document(np.asarray(ids), [len(ids)])
         builder.finalize(f"{prefix}.idx")
@@ -111,3 +114,44 @@ def made_documents(count: int, longest: int = 30, seed: int = 0) -> list[list[in
 @pytest.fixture
 def documents() -> Callable[..., list[list[int]]]:
     return made_documents
+
+
+@pytest.fixture
+def make_rows(tmp_path: Path) -> Callable[..., Any]:
+    """Return `make(cls, prefix, seq_length, **config)`: rows of a whole indexed file."""
+    import numpy as np
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+    from megatron.core.datasets.utils import Split
+
+    from megacpp_nemo.data.dataset import DocumentDatasetConfig
+
+    def make(cls, prefix, seq_length, samples=None, pad=4, index_split=Split.train, **config):
+        tokenizer = SimpleNamespace(
+            eod=0, eos=0, pad=pad, vocab_size=256, unique_identifiers=OrderedDict()
+        )
+        settings = {
+            "random_seed": 1,
+            "reset_position_ids": False,
+            "reset_attention_mask": False,
+            "eod_mask_loss": False,
+            "create_attention_mask": False,
+            **config,
+        }
+        indexed = IndexedDataset(prefix)
+        return cls(
+            indexed,
+            prefix,
+            np.arange(len(indexed), dtype=np.int32),
+            samples,
+            index_split,
+            DocumentDatasetConfig(
+                sequence_length=seq_length,
+                tokenizer=tokenizer,
+                path_to_cache=str(tmp_path / "orders"),
+                blend=([prefix], None),
+                split="1",
+                **settings,
+            ),
+        )
+
+    return make

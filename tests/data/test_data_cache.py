@@ -14,8 +14,9 @@ import pytest
 
 from megacpp_nemo.contract.errors import DataError
 from megacpp_nemo.data import corpus as corpus_module
-from megacpp_nemo.data import corpus_build
+from megacpp_nemo.data import corpus_build, shard_file
 from megacpp_nemo.data.corpus import build_corpus
+from megacpp_nemo.data.indexed_writer import IndexedWriter
 
 
 def start(code: str, *arguments: object) -> subprocess.Popen[str]:
@@ -72,6 +73,7 @@ FULL = OSError(errno.ENOSPC, "No space left on device")
     [
         ("indexed", FULL),
         ("indexed", OSError(errno.EDQUOT, "Disk quota exceeded")),
+        ("shard", FULL),
         # As the tokenizers library reports it.
         ("tokenizer", Exception("No space left on device (os error 28)")),
     ],
@@ -83,9 +85,9 @@ def test_a_full_disk_leaves_an_empty_cache_and_says_what_is_needed(
         raise error
 
     if place == "indexed":
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-        monkeypatch.setattr(IndexedDatasetBuilder, "add_document", fail)
+        monkeypatch.setattr(IndexedWriter, "add", fail)
+    elif place == "shard":
+        monkeypatch.setattr(shard_file, "_flush", fail)
     else:
         monkeypatch.setattr(corpus_build, "save_tokenizer", fail)
     with pytest.raises(DataError, match=r"No space left(.|\n)*about [\d,]+ bytes free"):
@@ -106,7 +108,7 @@ def test_an_interrupted_build_leaves_nothing(make_spec, tmp_path, monkeypatch, e
     def interrupt(*_, **__):
         raise error
 
-    monkeypatch.setattr(corpus_build, "_write_split", interrupt)
+    monkeypatch.setattr(corpus_build, "make_shards", interrupt)
     with pytest.raises(error):
         build_corpus(make_spec(), tmp_path / "c", progress=False)
     assert list((tmp_path / "c" / "corpora").iterdir()) == []
@@ -117,12 +119,12 @@ HANG = """
     from megacpp_nemo.data import corpus_build
     from megacpp_nemo.data.corpus import CorpusSpec, build_corpus
 
-    def hang(scan, files, tokenizer, end_id, prefix, bar):
-        open(f"{prefix}.bin", "wb").write(b"half")
+    def hang(job, shards, folder, done):
+        (folder / "train.bin").write_bytes(b"half")
         print("half-way", flush=True)
         time.sleep(60)
 
-    corpus_build._write_split = hang
+    corpus_build.merge_shards = hang
     spec = CorpusSpec(root=sys.argv[1], vocab_size=300, validation_fraction=0.25)
     build_corpus(spec, sys.argv[2], progress=False)
 """

@@ -114,6 +114,7 @@ def test_the_forward_step_gives_the_model_the_batchs_documents():
             input_ids, position_ids, None, labels=labels, packed_seq_params=packed_seq_params
         )
 
+    called.config = config
     assert_near(hybrid_forward_step(called, batch), run_model(model, tokens, boundaries, labels))
     del batch["document_ids"]
     assert_near(hybrid_forward_step(called, batch), run_model(model, tokens, None, labels))

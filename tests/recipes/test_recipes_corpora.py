@@ -35,12 +35,25 @@ def test_a_data_module_without_such_arguments_is_taken_as_it_is():
 
 
 def test_parts_leave_unset_what_is_not_given(build):
-    from megacpp_nemo.recipes import cpp_folder, cpp_headers, indexed_files
+    from megacpp_nemo.recipes import corpus_folders, cpp_folder, cpp_headers, indexed_files
 
     assert cpp_headers().__arguments__ == {}
     assert cpp_headers(tokenizer_dir="/t").__arguments__ == {"tokenizer_dir": "/t"}
     assert indexed_files(paths="/d").__arguments__ == {"paths": "/d"}
+    assert corpus_folders(folders=["1", "/c"]).__arguments__ == {"folders": ["1", "/c"]}
     with pytest.raises(DataError, match="cpp_headers needs none"):
         cpp_folder()
     with pytest.raises(DataError, match=r"data\.paths="):
         build(indexed_files())
+    with pytest.raises(DataError, match=r"data\.folders="):
+        build(corpus_folders())
+
+
+@pytest.mark.parametrize("part", ["cpp_headers", "corpus_folders", "indexed_files"])
+def test_other_data_serves_the_channels_that_the_recipe_has(part):
+    from megacpp_nemo import recipes
+
+    partial, data = recipes.nam56r_tiny(), getattr(recipes, part)()
+    partial.data.structure = "core"
+    recipes.use_data(partial, data)
+    assert data.structure == "core"
