@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib
 import io
 import os
 import re
@@ -24,7 +25,8 @@ from pathlib import Path
 from unittest import mock
 
 from megacpp_nemo.cli import main
-from megacpp_nemo.cli.usage import COMMANDS
+from megacpp_nemo.cli.group import Group
+from megacpp_nemo.cli.usage import COMMANDS, Command
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent
@@ -66,8 +68,17 @@ def pages() -> dict[Path, str]:
 def commands() -> str:
     """Return the page of all commands: what each takes."""
     parts = [f"# Commands\n\n{_console('--help')}"]
-    parts += [f"## {command.name}\n\n{_console(f'{command.name} --help')}" for command in COMMANDS]
+    names = [name for command in COMMANDS for name in _names(command)]
+    parts += [f"## {name}\n\n{_console(f'{name} --help')}" for name in names]
     return "\n\n".join(parts) + "\n"
+
+
+def _names(command: Command) -> list[str]:
+    """Return a command, and behind a group its own."""
+    module = importlib.import_module(f"megacpp_nemo.cli.{command.module}")
+    made = module.parser(command.name)
+    actions = made.actions if isinstance(made, Group) else ()
+    return [command.name, *(f"{command.name} {action.name}" for action in actions)]
 
 
 def reference(room: str) -> str:

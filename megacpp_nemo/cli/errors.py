@@ -20,6 +20,7 @@ OPTIONS = {
     "target": "--target",
     "cache_dir": "--cache-dir",
     "--as": "--as",
+    "--channel": "--channel",
     "--format": "--format",
     "--color": "--color",
 }

@@ -19,7 +19,10 @@ WORD = 14
 GAP = "  "
 # What would move a terminal's cursor, change its state, or turn the order of the letters around.
 _CONTROL = r"\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
-_PAINT = "|".join(rf"\x1b\[{code}m" for code in (*CODES.values(), "0"))
+_BLACK_ON = "38;5;16;48;5;"
+_PAINT = "|".join(
+    rf"\x1b\[{code}m" for code in (*CODES.values(), "0", "4", rf"(?:4;)?{_BLACK_ON}\d{{1,3}}")
+)
 _HIDDEN = re.compile(f"[{_CONTROL}]")
 _HIDDEN_OR_PAINT = re.compile(f"{_PAINT}|{_HIDDEN.pattern}")
 
@@ -48,6 +51,11 @@ class Screen:
     def paint(self, text: str, style: str) -> str:
         """Return text in a style of `CODES`; as it is for no style, or without colour."""
         return f"\x1b[{CODES[style]}m{text}\x1b[0m" if self.color and style and text else text
+
+    def filled(self, text: str, color: int | None, *, underlined: bool = False) -> str:
+        """Return text in black on one of a terminal's 256 colours; None for its own."""
+        codes = ["4"] * underlined + ([] if color is None else [f"{_BLACK_ON}{color}"])
+        return f"\x1b[{';'.join(codes)}m{text}\x1b[0m" if self.color and codes and text else text
 
     def mark(self, drawn: str, plain: str) -> str:
         """Return a character, or what stands for it in ASCII."""

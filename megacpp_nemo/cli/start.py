@@ -57,11 +57,11 @@ def _run(words: list[str]) -> int:
         write(f"megacpp {__version__}\n", screen=screen_for("auto", None))
         return DONE
     module: Any = importlib.import_module(f"megacpp_nemo.cli.{_command(name)}")
-    parser = module.parser(name.lower())
-    if parser.asks_for_help(words[1:]):
+    parser, rest = module.parser(name.lower()).chosen(words[1:])
+    if parser.asks_for_help(rest):
         write(parser.format_help(), screen=screen_for("auto", None))
         return DONE
-    given = parser.read(words[1:])
+    given = parser.read(rest)
     given.screen = screen_for(given.color, _file(given.out))
     text = module.run(given)
     out, executable = _file(given.out), given.format == "shell"

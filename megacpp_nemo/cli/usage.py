@@ -43,6 +43,7 @@ COMMANDS = (
     Command("diff", "changes", "how two recipes differ"),
     Command("table", "table", "every setting and all its places"),
     Command("matrix", "matrix", "which recipes lower to which releases, with which seams"),
+    Command("data", "data", "corpora of C++ with structure channels: build, inspect, verify"),
     Command("launch", "launch", "a recipe here or on a cluster, started by NeMo-Run"),
     Command("plasticity", "plasticity", "what a lever touches in a model, or did in a run"),
     Command("generate", "generate", "how the model of a run goes on with a text"),
@@ -71,7 +72,7 @@ examples:
   megacpp lower nam56r precision=fp8 --release 0.19.0 --format shell --out run.sh
   megacpp audit nam56r --from 0.16.1 --to 0.19.0
 
-Exit status: 0 done, 2 wrong usage, 3 refused; of doctor, 1 something is broken.
+Exit status: 0 done, 2 wrong usage, 3 refused; of doctor and data verify, 1 something is broken.
 """
 
 
@@ -143,6 +144,16 @@ class Parser(argparse.ArgumentParser):
         """Add an option; as `add_argument`, and given once unless `action` says otherwise."""
         self.spellings += spellings
         self.add_argument(*spellings, **{"action": _Once, **more})
+
+    def describe_out(self, metavar: str, words: str) -> None:
+        """Say what `--out` is of a command that writes something else than one file."""
+        for action in self._actions:
+            if action.dest == "out":
+                action.metavar, action.help = metavar, words
+
+    def chosen(self, words: Sequence[str]) -> tuple[Parser, list[str]]:
+        """Return what reads these words, and the words it reads: of a group, one of its own."""
+        return self, list(words)
 
     def asks_for_help(self, words: Sequence[str]) -> bool:
         """Whether help is asked for, before `--`."""

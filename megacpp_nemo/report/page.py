@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 from markupsafe import Markup
 
 from megacpp_nemo import __version__
+from megacpp_nemo.lowering.seams import NEMO_ONLY
 from megacpp_nemo.report.colors import PAINTS, PLAIN
 from megacpp_nemo.report.comparison import comparison
 from megacpp_nemo.report.figures import about, figures
 from megacpp_nemo.report.layers import layers
 from megacpp_nemo.report.memory import memory
 from megacpp_nemo.report.ownership import command, launches, seams
-from megacpp_nemo.report.picture import UNBUILT
+from megacpp_nemo.report.rendering import TEMPLATES, environment, policy
 from megacpp_nemo.report.sizes import flops_table, parameters_table
 from megacpp_nemo.report.subject import Subject
 from megacpp_nemo.report.traffic import traffic
-
-TEMPLATES = Path(__file__).parent / "templates"
 
 
 class Section(NamedTuple):
@@ -48,7 +43,7 @@ def page(subject: Subject, against: Subject | None = None) -> str:
     style = Markup((TEMPLATES / "style.css").read_text(encoding="utf-8") + _paints())
     script = Markup((TEMPLATES / "page.js").read_text(encoding="utf-8"))
     return (
-        _environment()
+        environment()
         .get_template("page.html")
         .render(
             title=f"{subject.label} on Megatron-LM {subject.release}",
@@ -57,11 +52,11 @@ def page(subject: Subject, against: Subject | None = None) -> str:
             about=about(subject),
             figures=figures(subject),
             sections=_sections(subject, against),
-            policy=_policy(style, script),
+            policy=policy(style, script),
             style=style,
             script=script,
             version=__version__,
-            unbuilt=UNBUILT,
+            unbuilt=NEMO_ONLY,
         )
     )
 
@@ -84,17 +79,6 @@ def _sections(subject: Subject, against: Subject | None) -> list[Section]:
     return found
 
 
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-        lstrip_blocks=True,
-    )
-
-
 def _paints() -> str:
     """Return the style of the families' cells, after their colours."""
     named = {family.letter: paint for family, paint in PAINTS.items()} | {"none": PLAIN}
@@ -105,15 +89,3 @@ def _paints() -> str:
         f".p{place} {{ background: {paint.fill}; fill: {paint.fill}; }}\n"
         for place, paint in enumerate(PAINTS.values())
     )
-
-
-def _policy(style: str, script: str) -> str:
-    """Return a policy that allows this style and this script, by their digests, and no request."""
-    return (
-        "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
-        f"style-src '{_digest(style)}'; script-src '{_digest(script)}'"
-    )
-
-
-def _digest(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 
 from megacpp_nemo.cli import main
+from tests.cli.corpora import Built, build
 
 
 class Result(NamedTuple):
@@ -33,3 +34,9 @@ def megacpp(
         return Result(code, out.decode(), err.decode())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """A corpus that tests only read."""
+    return build(tmp_path_factory.mktemp("data"))

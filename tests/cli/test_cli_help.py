@@ -14,7 +14,10 @@ from megacpp_nemo.cli.usage import COMMANDS, overview
 from megacpp_nemo.lowering.releases import FOLDER
 
 # They read what only a run, a checkout or an earlier example leaves behind.
-NEEDS_A_RUN = ("megacpp plasticity report", "megacpp generate", "megacpp runs", "megacpp show")
+NEEDS_A_RUN = (
+    *("megacpp plasticity report", "megacpp generate", "megacpp runs", "megacpp show"),
+    "megacpp data",
+)
 
 
 def examples(text: str) -> list[str]:
