@@ -32,11 +32,11 @@ import numpy as np
 import tree_sitter
 
 from megacpp_nemo.contract.structure import STRUCTURE_CHANNELS
-from megacpp_nemo.data.dependencies import dependency_levels
 from megacpp_nemo.data.sources import SourceSet, default_source_set, scan_sources
-from megacpp_nemo.data.syntax import FileSyntax, read_syntaxes
-from megacpp_nemo.data.syntax_table import CATEGORIES, MAPPING_VERSION
-from megacpp_nemo.data.syntax_tree import grammar, read_forest
+from megacpp_nemo.syntax.dependencies import dependency_levels
+from megacpp_nemo.syntax.paint import FileSyntax, read_syntaxes
+from megacpp_nemo.syntax.table import CATEGORIES, MAPPING_VERSION
+from megacpp_nemo.syntax.tree import grammar, read_forest
 
 RESULTS = Path(__file__).parent / "results" / "syntax.json"
 TOGETHER = 4  # files given to one call

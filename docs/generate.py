@@ -43,6 +43,7 @@ ROOMS = {
     "model": "Models",
     "callbacks": "Callbacks",
     "data": "Data",
+    "syntax": "Syntax",
     "host": "Runtime",
     "launch": "Launching",
     "report": "Reports",

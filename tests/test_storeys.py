@@ -1,7 +1,7 @@
 """The storeys of the house: imports go downwards only.
 
 Ground (contract, planner, lowering) needs the standard library and itself; the middle (model,
-spec, callbacks, data, host) does not import the roof (recipes, launch, report, doctor, runs, cli).
+spec, callbacks, data, syntax, host) does not import the roof (recipes, launch, report, doctor, runs, cli).
 Every import counts, also one inside a function or under TYPE_CHECKING.
 """
 
@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "megacpp_nemo"
 GROUND = ("contract", "planner", "lowering")
-MIDDLE = ("model", "spec", "callbacks", "data", "host")
+MIDDLE = ("model", "spec", "callbacks", "data", "syntax", "host")
 ROOF = ("recipes", "launch", "report", "cli", "doctor", "runs")
 
 

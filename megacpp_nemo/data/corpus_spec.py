@@ -181,7 +181,7 @@ def spec_settings(spec: CorpusSpec) -> dict[str, Any]:
 
 def structure_versions() -> dict[str, Any]:
     """Return the versions that decide what the structure channels say."""
-    from megacpp_nemo.data.syntax_table import MAPPING_VERSION
+    from megacpp_nemo.syntax.table import MAPPING_VERSION
 
     return {
         "mapping_version": MAPPING_VERSION,

@@ -81,8 +81,8 @@ def _writers(
 
 def _levels(job: ShardJob, shards: Sequence[Shard]) -> dict[int, list[Any]]:
     """Return the dependency levels of the files of each shard, by the shard's number."""
-    from megacpp_nemo.data.dependencies import dependency_levels
-    from megacpp_nemo.data.syntax import FileFacts
+    from megacpp_nemo.syntax.dependencies import dependency_levels
+    from megacpp_nemo.syntax.paint import FileFacts
 
     files = [
         (file.path, FileFacts.from_json(facts["graph"]))

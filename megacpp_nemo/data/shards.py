@@ -26,7 +26,7 @@ from megacpp_nemo.data.shard_file import ShardContent, ShardError, read_shard, w
 from megacpp_nemo.data.sources import SourceFile, read_content
 
 if TYPE_CHECKING:
-    from megacpp_nemo.data.syntax import FileSyntax
+    from megacpp_nemo.syntax.paint import FileSyntax
 
 # Source text of a shard: enough to keep a core busy for a second, little beside a process.
 SHARD_BYTES = 1 << 20
@@ -148,7 +148,7 @@ def sampled(
         For each file its arrays by name, [tokens + 1] (the last is the end of the document,
         absent in every channel); and its facts.
     """
-    from megacpp_nemo.data.syntax import read_syntaxes
+    from megacpp_nemo.syntax.paint import read_syntaxes
 
     arrays, facts = [], []
     for run in _batches(contents):

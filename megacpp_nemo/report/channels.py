@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megacpp_nemo.contract.structure import STRUCTURE_CHANNELS
-from megacpp_nemo.data.syntax_table import CATEGORIES, FIRST_NAMED, NODE_TYPES
+from megacpp_nemo.syntax.table import CATEGORIES, FIRST_NAMED, NODE_TYPES
 
 HUES = (
     *("#ffaabb", "#ee8866", "#eedd88", "#77aadd", "#99ddff"),

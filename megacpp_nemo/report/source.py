@@ -169,7 +169,7 @@ def _source(
     notes: tuple[str, ...],
 ) -> Source:
     from megacpp_nemo.contract.structure import STRUCTURE_CHANNELS
-    from megacpp_nemo.data.syntax import read_syntax
+    from megacpp_nemo.syntax.paint import read_syntax
 
     syntax = read_syntax(content)
     painted = {channel: ids_of[starts] for channel, ids_of in syntax.channels.items()} | dict(more)

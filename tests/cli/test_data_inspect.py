@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from megacpp_nemo.contract.structure import STRUCTURE_CHANNELS
-from megacpp_nemo.data.syntax import read_syntax
-from megacpp_nemo.data.syntax_table import CATEGORIES
 from megacpp_nemo.report.channels import CATEGORY_MARKS, id_name, keys, paints, terminal_color
 from megacpp_nemo.report.source import of_file, spelled
 from megacpp_nemo.report.source_page import source_page
+from megacpp_nemo.syntax.paint import read_syntax
+from megacpp_nemo.syntax.table import CATEGORIES
 from tests.cli.corpora import HOSTILE, apart
 
 PAINT = re.compile(r"\x1b\[[\d;]*m")

@@ -20,13 +20,14 @@ import pytest
 
 from megacpp_nemo.contract.errors import DataError
 from megacpp_nemo.contract.structure import STRUCTURE_CHANNELS
-from megacpp_nemo.data import corpus_build, corpus_folder, shard_file, shards, syntax_table, workers
+from megacpp_nemo.data import corpus_build, corpus_folder, shard_file, shards, workers
 from megacpp_nemo.data.cache import write_manifest
 from megacpp_nemo.data.corpus import Corpus, CorpusSpec, build_corpus, build_folder, open_folder
-from megacpp_nemo.data.dependencies import dependency_levels
 from megacpp_nemo.data.shards import Shard, ShardJob, plan_shards
 from megacpp_nemo.data.sources import SourceFile
-from megacpp_nemo.data.syntax import read_syntax
+from megacpp_nemo.syntax import table
+from megacpp_nemo.syntax.dependencies import dependency_levels
+from megacpp_nemo.syntax.paint import read_syntax
 
 ODD = {
     "names.h": '#pragma once\n#include "types.h"\n// größe 数 🙂\nstruct Name { Type type; };\n',
@@ -128,7 +129,7 @@ def test_the_manifest_tells_versions_counts_and_skips(built, sources):
     manifest = built.manifest
     assert built.channels == tuple(STRUCTURE_CHANNELS)
     assert manifest["skipped"] == {"empty": 1, "not_text": 1}
-    assert manifest["structure"]["mapping_version"] == syntax_table.MAPPING_VERSION
+    assert manifest["structure"]["mapping_version"] == table.MAPPING_VERSION
     parsed = manifest["structure"]["files_parsed"]
     assert sum(parsed.values()) == sum(s["files"] for s in manifest["splits"].values()) == 28
     for name, absent in manifest["structure"]["absent_tokens"].items():
@@ -510,8 +511,8 @@ def test_open_folder_refuses_what_is_damaged_or_of_another_version(copied, damag
 
 
 def test_nothing_is_parsed_for_a_corpus_without_structure(spec, tmp_path, monkeypatch):
-    for name in ("syntax", "syntax_table", "dependencies"):
-        monkeypatch.setitem(sys.modules, f"megacpp_nemo.data.{name}", None)
+    for name in ("paint", "table", "dependencies"):
+        monkeypatch.setitem(sys.modules, f"megacpp_nemo.syntax.{name}", None)
     plain = build(CorpusSpec(**{**vars(spec), "structure": None}), tmp_path / "out")
     assert plain.channels == ()
     assert "structure" not in plain.manifest
@@ -522,7 +523,7 @@ def test_nothing_is_parsed_for_a_corpus_without_structure(spec, tmp_path, monkey
 def test_a_worker_imports_nothing_heavy():
     code = """
         import sys
-        import megacpp_nemo.data.workers, megacpp_nemo.data.syntax, tokenizers
+        import megacpp_nemo.data.workers, megacpp_nemo.syntax.paint, tokenizers
         print(sorted({"torch", "megatron", "nemo", "transformers", "lightning"} & set(sys.modules)))
     """
     done = subprocess.run(

@@ -11,13 +11,13 @@ import pytest
 from conftest import write_tree
 
 from megacpp_nemo.contract.errors import DataError
-from megacpp_nemo.data import syntax_table
 from megacpp_nemo.data.cache import write_manifest
 from megacpp_nemo.data.channels import check_channels
 from megacpp_nemo.data.corpus import Corpus, CorpusSpec, build_folder
 from megacpp_nemo.data.indexed import open_indexed, read_elements
 from megacpp_nemo.data.indexed_writer import IndexedWriter
 from megacpp_nemo.data.verify import verify_folder
+from megacpp_nemo.syntax import table
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_a_manifest_that_says_something_else_is_found(copied, changes, message):
 
 
 def test_another_version_of_the_package_finds_the_mapping_old(built, monkeypatch):
-    monkeypatch.setattr(syntax_table, "MAPPING_VERSION", syntax_table.MAPPING_VERSION + 1)
+    monkeypatch.setattr(table, "MAPPING_VERSION", table.MAPPING_VERSION + 1)
     (finding,) = verify_folder(built.folder).findings
     assert "mapping version" in finding
 

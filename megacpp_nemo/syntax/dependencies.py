@@ -17,8 +17,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megacpp_nemo.data.syntax_facts import FileFacts
-from megacpp_nemo.data.syntax_table import DEPENDENCY_BOUNDS
+from megacpp_nemo.syntax.facts import FileFacts
+from megacpp_nemo.syntax.table import DEPENDENCY_BOUNDS
 
 
 @dataclass(frozen=True, kw_only=True)

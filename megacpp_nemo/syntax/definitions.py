@@ -11,11 +11,11 @@ import numpy as np
 import tree_sitter
 from numpy.typing import NDArray
 
-from megacpp_nemo.data.syntax_category import Region
-from megacpp_nemo.data.syntax_facts import Definition, FileFacts
-from megacpp_nemo.data.syntax_roles import Role
-from megacpp_nemo.data.syntax_table import words
-from megacpp_nemo.data.syntax_tree import Forest, kinds_named
+from megacpp_nemo.syntax.category import Region
+from megacpp_nemo.syntax.facts import Definition, FileFacts
+from megacpp_nemo.syntax.roles import Role
+from megacpp_nemo.syntax.table import words
+from megacpp_nemo.syntax.tree import Forest, kinds_named
 
 _TEMPLATES = (Role.TEMPLATE_CLASS, Role.TEMPLATE_TYPEDEF)
 _DEFINITIONS = (Role.CLASS_DEFINITION, Role.TYPEDEF)

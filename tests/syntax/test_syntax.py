@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megacpp_nemo.contract.structure import STRUCTURE_CHANNELS
-from megacpp_nemo.data.syntax import FileFacts, FileSyntax, read_syntax, read_syntaxes
-from megacpp_nemo.data.syntax_table import (
+from megacpp_nemo.syntax.paint import FileFacts, FileSyntax, read_syntax, read_syntaxes
+from megacpp_nemo.syntax.table import (
     CATEGORIES,
     FIRST_NAMED,
     NODE_TYPES,
     node_type_bucket,
     without_macros,
 )
-from megacpp_nemo.data.syntax_tree import grammar
-from tests.data.naive_syntax import naive_channels
+from megacpp_nemo.syntax.tree import grammar
+from tests.syntax.naive_syntax import naive_channels
 
 P, S, B, D, M, C, T, N, OTHER = CATEGORIES
 ABSENT = "absent"

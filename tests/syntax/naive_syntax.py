@@ -6,8 +6,8 @@ import tree_sitter
 from tree_sitter import Node
 
 from megacpp_nemo.contract.structure import STRUCTURE_CHANNELS
-from megacpp_nemo.data.syntax_table import CATEGORIES, node_type_bucket, without_macros
-from megacpp_nemo.data.syntax_tree import grammar
+from megacpp_nemo.syntax.table import CATEGORIES, node_type_bucket, without_macros
+from megacpp_nemo.syntax.tree import grammar
 
 CLASSES = {"class_specifier", "struct_specifier", "union_specifier", "enum_specifier"}
 CONDITIONALS = {"preproc_if", "preproc_ifdef", "preproc_elif", "preproc_elifdef", "preproc_else"}

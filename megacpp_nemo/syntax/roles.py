@@ -12,8 +12,8 @@ from enum import IntEnum, auto
 import numpy as np
 from numpy.typing import NDArray
 
-from megacpp_nemo.data.syntax_table import words
-from megacpp_nemo.data.syntax_tree import Forest, kind_table, kinds_named
+from megacpp_nemo.syntax.table import words
+from megacpp_nemo.syntax.tree import Forest, kind_table, kinds_named
 
 
 class Role(IntEnum):

@@ -13,9 +13,9 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from megacpp_nemo.data.syntax_roles import Role
-from megacpp_nemo.data.syntax_table import CATEGORIES
-from megacpp_nemo.data.syntax_tree import Forest
+from megacpp_nemo.syntax.roles import Role
+from megacpp_nemo.syntax.table import CATEGORIES
+from megacpp_nemo.syntax.tree import Forest
 
 
 class Region(IntEnum):

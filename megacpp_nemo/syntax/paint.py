@@ -7,7 +7,7 @@
 The innermost node that covers a byte decides, so white space is of the node that spans it. Depth
 is the number of nodes around that node (the root has 0), the sibling index the number of named
 nodes before it under its parent; both end at 63. Macros that no grammar could place are read as
-white space (`syntax_table.without_macros`). Under a node that the parser could not make sense of,
+white space (`table.without_macros`). Under a node that the parser could not make sense of,
 whole declarations, statements, comments and directives keep their ids, and the rest is absent.
 """
 
@@ -21,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megacpp_nemo.contract.structure import STRUCTURE_CHANNELS
-from megacpp_nemo.data.syntax_category import CATEGORY_OF, regions
-from megacpp_nemo.data.syntax_facts import Definition, FileFacts
-from megacpp_nemo.data.syntax_roles import roles
-from megacpp_nemo.data.syntax_table import node_type_bucket
-from megacpp_nemo.data.syntax_tree import Forest, kind_table, read_forest
-from megacpp_nemo.data.syntax_types import file_facts, owners
+from megacpp_nemo.syntax.category import CATEGORY_OF, regions
+from megacpp_nemo.syntax.definitions import file_facts, owners
+from megacpp_nemo.syntax.facts import Definition, FileFacts
+from megacpp_nemo.syntax.roles import roles
+from megacpp_nemo.syntax.table import node_type_bucket
+from megacpp_nemo.syntax.tree import Forest, kind_table, read_forest
 
 __all__ = ["Definition", "FileFacts", "FileSyntax", "read_syntax", "read_syntaxes"]
 

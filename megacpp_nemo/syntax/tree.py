@@ -20,7 +20,7 @@ import tree_sitter
 import tree_sitter_cpp
 from numpy.typing import NDArray
 
-from megacpp_nemo.data.syntax_table import without_macros
+from megacpp_nemo.syntax.table import without_macros
 
 
 @functools.cache

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megacpp_nemo.contract.structure import STRUCTURE_CHANNELS
-from megacpp_nemo.data.dependencies import (
+from megacpp_nemo.syntax.dependencies import (
     FileLevels,
     dependency_graph,
     dependency_levels,
     resting_heights,
 )
-from megacpp_nemo.data.syntax import Definition, FileFacts, read_syntax
-from megacpp_nemo.data.syntax_table import DEPENDENCY_BOUNDS
+from megacpp_nemo.syntax.paint import Definition, FileFacts, read_syntax
+from megacpp_nemo.syntax.table import DEPENDENCY_BOUNDS
 
 
 def facts(includes=(), uses=(), **definitions) -> FileFacts:
