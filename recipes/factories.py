@@ -51,7 +51,10 @@ START = """
         checkpoint if not given.
     fresh_indexers: Sparse attention from a
         dense checkpoint, which has no
-        indexers."""
+        indexers.
+    drop_inputs: Leave out the checkpoint's
+        n-gram memory and structure channels
+        if the recipe has none."""
 WHAT = """
     mode: nemo_native (TP 2, Megatron's
         Mamba) or author_dp (data parallel,
@@ -101,6 +104,7 @@ def _finetune(name: str) -> Callable[..., run.Partial]:
         mode: str = "nemo_native",
         log_dir: Optional[str] = None,
         fresh_indexers: bool = False,
+        drop_inputs: bool = False,
         **changes: Any,
     ) -> run.Partial:
         return to_finetune(
@@ -109,6 +113,7 @@ def _finetune(name: str) -> Callable[..., run.Partial]:
             tokenizer_dir=tokenizer_dir,
             log_dir=log_dir,
             fresh_indexers=fresh_indexers,
+            drop_inputs=drop_inputs,
         )
 
     what = f"{describe(name)}; from the weights and the tokenizer of a checkpoint."

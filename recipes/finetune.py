@@ -12,12 +12,12 @@ from typing import Any
 
 import nemo_run as run
 import yaml
-from nemo import lightning as nl
 from nemo.collections import llm
 
 from megacpp_nemo.contract import BlockFamily, HybridRecipe, LayerPattern, RecipeError
 from megacpp_nemo.host.checkpoint_folder import is_complete, newest_checkpoint
-from megacpp_nemo.host.warm_start import FreshIndexers
+from megacpp_nemo.host.input_parts import INPUT_SETTINGS, InputPart, compare_inputs
+from megacpp_nemo.host.warm_start import WarmStart
 from megacpp_nemo.lowering.table import CONFIG, ROWS, Row
 from megacpp_nemo.recipes.build import to_nemo
 
@@ -37,6 +37,7 @@ FREE = (
     "model.mamba.chunk_size",
     "model.recurrent.state_gradient_clip",
     "model.mtp.loss_scaling_factor",
+    "model.embedding.ngram.placement",
     "precision",
     "features.reset_state",
     "features.reset_attention_mask",
@@ -44,7 +45,8 @@ FREE = (
     "features.sparse_attention",
     "model.sparse_attention.a_ranks",
 )
-INDEXERS = ("model.sparse_attention.indexer_num_heads", "model.sparse_attention.indexer_head_dim")
+# By their names in the configuration: what only indexers depend on.
+INDEXERS = ("dsa_indexer_n_heads", "dsa_indexer_head_dim")
 
 
 def to_finetune(
@@ -54,8 +56,12 @@ def to_finetune(
     tokenizer_dir: str | Path | None = None,
     log_dir: str | Path | None = None,
     fresh_indexers: bool = False,
+    drop_inputs: bool = False,
 ) -> run.Partial:
     """Return a `run.Partial` of `llm.finetune` that starts from a checkpoint.
+
+    The n-gram memory and the structure channels may be new: they change nothing at first. What
+    is drawn anew, and what is left out, is named in the log.
 
     The optimizer and the schedule start anew; a fine-tuning run that is stopped resumes from
     its own checkpoints. The checkpoint is read here, before anything is built, so this is
@@ -67,20 +73,27 @@ def to_finetune(
         tokenizer_dir: Folder of the tokenizer; the copy in the checkpoint if not given.
         log_dir: Folder of this run; `runs/NAME_finetune` if not given.
         fresh_indexers: Let sparse attention (DSA) start from dense: indexers that the checkpoint
-            does not have are drawn anew, and named in the log.
+            does not have are drawn anew.
+        drop_inputs: Leave out the checkpoint's n-gram memory and structure channels if the
+            recipe has none.
 
     Raises:
         RecipeError: If there is no complete checkpoint, it is of another model, or it has no
             tokenizer and none is given.
     """
     folder = _complete(checkpoint)
-    _check_same_model(recipe, folder, fresh_indexers)
+    _check_same_model(recipe, folder, fresh_indexers, drop_inputs)
     base = to_nemo(recipe, log_dir=str(log_dir or f"runs/{recipe.name}_finetune"))
     base.data.tokenizer_dir = str(tokenizer_dir or _own_tokenizer(folder))
     parts = {part: getattr(base, part) for part in ("model", "trainer", "data", "optim", "log")}
     # The data encodes with the tokenizer; the model takes it from there.
-    restore = FreshIndexers if fresh_indexers else nl.RestoreConfig
-    base.resume.restore_config = run.Config(restore, path=str(folder), load_artifacts=False)
+    base.resume.restore_config = run.Config(
+        WarmStart,
+        path=str(folder),
+        load_artifacts=False,
+        fresh_indexers=fresh_indexers,
+        drop_inputs=drop_inputs,
+    )
     return run.Partial(llm.finetune, **parts, resume=base.resume, tokenizer="data")
 
 
@@ -112,19 +125,25 @@ def _own_tokenizer(checkpoint: Path) -> Path:
     return folder
 
 
-def _check_same_model(recipe: HybridRecipe, checkpoint: Path, fresh_indexers: bool) -> None:
+def _check_same_model(
+    recipe: HybridRecipe, checkpoint: Path, fresh_indexers: bool, drop_inputs: bool
+) -> None:
     """Refuse a checkpoint whose weights do not fit the recipe's model."""
     text = (checkpoint / "context" / "model.yaml").read_text(encoding="utf-8")
     saved = yaml.safe_load(text)["config"]
     pattern = LayerPattern.parse(saved["hybrid_override_pattern"]).tile(saved["num_layers"])
     ranks = recipe.model.sparse_attention.a_ranks if recipe.features.sparse_attention else ()
     mine, theirs = _sparse(recipe.layers, ranks), _sparse(pattern, saved.get("dsa_a_ranks") or ())
-    free = () if theirs else INDEXERS
+    settings = _model_settings(recipe)
+    free = {*INPUT_SETTINGS, *(() if theirs else INDEXERS)}
     other = [
         (row.field, value, saved[name])
-        for row, name, value in _model_settings(recipe)
-        if name in saved and row.field not in free and _plain(value) != _plain(saved[name])
+        for row, name, value in settings
+        if name in saved and name not in free and _plain(value) != _plain(saved[name])
     ]
+    inputs = compare_inputs({name: value for _, name, value in settings}, saved)
+    field_of = {name: row.field for row, name, _ in settings}
+    other += [(field_of[name], *values) for name, *values in inputs.other]
     if _dense(pattern) != _dense(recipe.layers):
         other.append(("layers", str(recipe.layers), str(pattern)))
     elif theirs - mine:
@@ -137,12 +156,31 @@ def _check_same_model(recipe: HybridRecipe, checkpoint: Path, fresh_indexers: bo
             hint="the recipe and the changes that the checkpoint was trained with",
         )
     if mine - theirs and not fresh_indexers:
-        raise RecipeError(
-            "The checkpoint has no indexers for some layers of sparse attention",
-            given=f"sparse layers {sorted(mine)}, of which it has {sorted(theirs)}",
-            allowed="the sparse layers of the checkpoint, or indexers that are drawn anew",
-            hint="fresh_indexers=True",
-        )
+        raise _lacking_indexers(mine, theirs)
+    if inputs.lost and not drop_inputs:
+        raise _losing(recipe, inputs.lost, saved)
+
+
+def _lacking_indexers(mine: set[int], theirs: set[int]) -> RecipeError:
+    return RecipeError(
+        "The checkpoint has no indexers for some layers of sparse attention",
+        given=f"sparse layers {sorted(mine)}, of which it has {sorted(theirs)}",
+        allowed="the sparse layers of the checkpoint, or indexers that are drawn anew",
+        hint="fresh_indexers=True",
+    )
+
+
+def _losing(
+    recipe: HybridRecipe, parts: tuple[InputPart, ...], saved: dict[str, Any]
+) -> RecipeError:
+    names = [part.name for part in parts]
+    return RecipeError(
+        f"The recipe has no {' and no '.join(part.what for part in parts)}, and the checkpoint "
+        "has: what it learned would be lost",
+        given=", ".join(f"features.{name}={getattr(recipe.features, name)!r}" for name in names),
+        allowed=", ".join(f"features.{name}={saved[name]!r}" for name in names),
+        hint="the input side that the checkpoint was trained with, or drop_inputs=True",
+    )
 
 
 def _sparse(layers: LayerPattern, ranks: Iterable[int]) -> set[int]:

@@ -1,7 +1,8 @@
 """The storeys of the house: imports go downwards only.
 
 Ground (contract, planner, lowering) needs the standard library and itself; the middle (model,
-spec, callbacks, data, syntax, host) does not import the roof (recipes, launch, report, doctor, runs, cli).
+spec, callbacks, data, syntax, host) does not import the roof (recipes, launch, report, doctor,
+runs, cli).
 Every import counts, also one inside a function or under TYPE_CHECKING.
 """
 

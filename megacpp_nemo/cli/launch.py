@@ -31,8 +31,7 @@ def parser(name: str) -> Parser:
         "trainer, data, optim, log or resume.",
         (
             "megacpp launch nam56r_tiny --executor torchrun --profile cpux2 --dryrun",
-            "megacpp launch nam52 ngram_hash=false --executor slurm --profile h200x8 \\",
-            "    --set account=ME --dryrun",
+            "megacpp launch nam52 --executor slurm --profile h200x8 --set account=ME --dryrun",
             "megacpp launch nam52 ngram_hash=false --executor slurm --profile h200x16 \\",
             "    --set account=ME --as megatron --megatron-root /opt/Megatron-LM --dryrun",
         ),

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from megacpp_nemo.cli.screen import Screen
 from megacpp_nemo.lowering.lower import Lowering
 from megacpp_nemo.lowering.plan import PlannedLayer
-from megacpp_nemo.lowering.seams import Seam
+from megacpp_nemo.lowering.seams import NEMO_ONLY, Seam
 
 MARKS = "123456789abcdefghijklmnopqrstuvwxyz"
 LABEL, STEP = 5, 10
@@ -49,7 +49,7 @@ def legend(lowering: Lowering, screen: Screen) -> str:
     parts = [native]
     for name, mark in marks(lowering.seams).items():
         if name in owners:
-            missing = "" if by_id[name].built else " (not built)"
+            missing = "" if by_id[name].built else f" ({NEMO_ONLY})"
             parts.append(screen.paint(f"{mark} {name}{missing}", style_of(by_id[name])))
     bar = f"{_bar(screen)} pipeline stage" if lowering.layers[-1].stage else ""
     return "   ".join(filter(None, [*parts, bar]))

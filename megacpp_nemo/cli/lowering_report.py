@@ -9,7 +9,7 @@ from megacpp_nemo.cli.screen import Cell, Screen
 from megacpp_nemo.cli.script import launch
 from megacpp_nemo.lowering.features import Feature, Status, ranges
 from megacpp_nemo.lowering.lower import Lowering
-from megacpp_nemo.lowering.seams import Kind, Seam
+from megacpp_nemo.lowering.seams import NEMO_ONLY, Seam
 
 PACKAGE = "megacpp_nemo."
 STATUS_STYLES = {
@@ -45,6 +45,8 @@ def seam_parts(lowering: Lowering, screen: Screen) -> list[list[str]]:
     parts = [[title, summary(lowering)], strip]
     if lowering.seams:
         note = f"Owners are modules of {PACKAGE[:-1]}; a slot is the symbol that layers ride on."
+        if not all(seam.built for seam in lowering.seams):
+            note += " What is not built on Megatron's command line has its owner in a NeMo run."
         parts.append([screen.heading("Seams"), seams_table(lowering, screen), screen.wrapped(note)])
     return parts
 
@@ -58,7 +60,7 @@ def summary(lowering: Lowering) -> str:
     if not lowering.seams:
         return words + "No seams: the release owns it whole."
     seams = f"{len(lowering.seams)} seam{'s' * (len(lowering.seams) > 1)}"
-    return words + seams + (f", {len(missing)} not built yet." if missing else ", all built.")
+    return words + seams + (f", {len(missing)} {NEMO_ONLY}." if missing else ", all built.")
 
 
 def covers(seam: Seam, lowering: Lowering) -> str:
@@ -79,8 +81,8 @@ def seams_table(lowering: Lowering, screen: Screen) -> str:
             covers(seam, lowering),
             seam.slot or "-",
             f"from {seam.native_since}" if seam.native_since else "never",
-            Cell("yes" if seam.built else "NO", style_of(seam)),
-            seam.owner.removeprefix(PACKAGE),
+            Cell("yes" if seam.built else "NeMo only", style_of(seam)),
+            (seam.nemo_owner or seam.owner).removeprefix(PACKAGE),
             seam.off,
         )
         for seam, mark in _marked(lowering)
@@ -113,21 +115,20 @@ def _reasons(seam: Seam, mark: str, screen: Screen) -> Iterator[str]:
         ("why", seam.reason),
         ("graduates", f"with {seam.graduates}"),
         ("evidence", seam.evidence),
-        ("owner", seam.owner + _of_unbuilt(seam)),
+        *owners(seam),
         ("off", seam.off),
     )
     for name, text in rows:
         yield f"  {screen.paint(f'{name:<10}', 'dim')} " + screen.wrapped(text, " " * 13)
 
 
-def _of_unbuilt(seam: Seam) -> str:
-    """Return what the owner of a seam that is not built does instead, as the end of a line."""
+def owners(seam: Seam) -> Iterator[tuple[str, str]]:
+    """Yield who builds a seam, and who refuses it where only a NeMo run has it."""
     if seam.built:
-        return ""
-    in_nemo = seam.kind is Kind.CALLBACK
-    return (
-        ", in a NeMo run; the spec refuses it" if in_nemo else ", which refuses it: not built yet"
-    )
+        yield "owner", seam.owner
+    else:
+        yield "owner", f"{seam.nemo_owner}, {NEMO_ONLY}"
+        yield "refused", f"by {seam.owner} on Megatron's command line"
 
 
 def _open(lowering: Lowering, screen: Screen) -> Iterator[str]:

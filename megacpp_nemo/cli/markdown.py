@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from megacpp_nemo.cli.lowering_report import covers, summary
+from megacpp_nemo.cli.lowering_report import covers, owners, summary
 from megacpp_nemo.cli.script import launch
 from megacpp_nemo.lowering.lower import Lowering
 
@@ -60,7 +60,8 @@ def seams_markdown(lowering: Lowering) -> str:
             f"- why: {plain(seam.reason)}\n"
             f"- graduates with: {plain(seam.graduates)}\n"
             f"- evidence: {plain(seam.evidence)}\n"
-            f"- turned off by: {code(seam.off)}"
+            + "".join(f"- {name}: {plain(text)}\n" for name, text in owners(seam))
+            + f"- turned off by: {code(seam.off)}"
         )
     return "\n\n".join(parts) + "\n"
 
@@ -97,8 +98,8 @@ def _seams(lowering: Lowering) -> str:
             covers(seam, lowering),
             code(seam.slot),
             f"from {seam.native_since}" if seam.native_since else "never",
-            "yes" if seam.built else "**no**",
-            code(seam.owner),
+            "yes" if seam.built else "**NeMo only**",
+            code(seam.nemo_owner or seam.owner),
             code(seam.off),
         )
         for seam in lowering.seams

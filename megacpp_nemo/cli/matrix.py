@@ -11,7 +11,7 @@ from megacpp_nemo.cli.screen import Cell as Shown
 from megacpp_nemo.cli.usage import Parser
 from megacpp_nemo.lowering.matrix import Cell, matrix
 from megacpp_nemo.lowering.releases import RELEASE_NAMES
-from megacpp_nemo.lowering.seams import SEAMS
+from megacpp_nemo.lowering.seams import NEMO_ONLY, SEAMS
 
 HEAD = ("recipe", "mode", "precision", "DSA", "MTP")
 INTRODUCTION = """\
@@ -144,7 +144,7 @@ def _markdown(head: Sequence[str], lines: Sequence[Line], refusals: dict[str, st
     seams = [
         f"- {code(seam.id)}: {plain(seam.what)}; "
         + (f"native from {seam.native_since}" if seam.native_since else "native in no release")
-        + ("" if seam.built else "; not built yet")
+        + ("" if seam.built else f"; {NEMO_ONLY}")
         for seam in SEAMS.values()
         if any(seam.id in result.split(", ") for line in lines for result in line.results)
     ]

@@ -8,7 +8,7 @@ from typing import Any
 from megacpp_nemo.cli.parts import Part
 from megacpp_nemo.cli.screen import Cell
 from megacpp_nemo.contract import Precision
-from megacpp_nemo.planner.communication import Volume
+from megacpp_nemo.planner.collectives import Volume
 from megacpp_nemo.planner.costs import Cost
 from megacpp_nemo.planner.gpus import GIB, TFLOPS
 from megacpp_nemo.planner.plan import Plan
@@ -144,6 +144,8 @@ def _memory(plan: Plan) -> Part:
         )
     tables = max(memory.tables_bytes for memory in plan.memory)
     ngrams = f" N-gram tables are {size(tables)} of the weights." if tables else ""
+    if host := max(memory.host_bytes for memory in plan.memory):
+        ngrams = f" N-gram tables are trained in host memory: {size(host)} a process."
     return Part(
         title="Memory of a rank, by pipeline stage",
         head=("stage", "parameters", *MEMORY, "total"),

@@ -17,8 +17,9 @@ from megacpp_nemo.cli.layer_strip import style_of
 from megacpp_nemo.cli.screen import Screen
 from megacpp_nemo.contract.errors import MegaCppError
 from megacpp_nemo.lowering.features import ranges
+from megacpp_nemo.lowering.seams import NEMO_ONLY
 from megacpp_nemo.report.numbers import count, share, size, work
-from megacpp_nemo.report.picture import UNBUILT, Cell, Picture, by_letter, summary
+from megacpp_nemo.report.picture import Cell, Picture, by_letter, summary
 
 BLOCKS, DIGITS = "▁▂▃▄▅▆▇█", "0123456789"
 LABEL, AFTER = 5, 13
@@ -105,7 +106,7 @@ def _notes(picture: Picture, screen: Screen) -> Iterator[str]:
     if picture.release:
         yield screen.wrapped(f"{screen.mark('·', '.')} native: the release builds it itself", "  ")
     for mark, seam in picture.seams.items():
-        missing = "" if seam.built else f", {UNBUILT}"
+        missing = "" if seam.built else f", {NEMO_ONLY}"
         told = screen.wrapped(f"{mark} seam {seam.id}: {seam.what}{missing}", "  ")
         yield screen.paint(told, style_of(seam))
     taken = [cell for cell in picture.layers if cell.letter == "D" and cell.a_rank is not None]

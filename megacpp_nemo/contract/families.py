@@ -12,6 +12,9 @@ Each family comes in three sizes: full; `_smoke`, all 52 layers at toy width; `_
 tile of the pattern at small width, which trains on a CPU. The small sizes keep the block
 families and the code path, and leave off what only pays at full size (DSA, multi-token
 prediction, n-gram memory). STP, where it is on, begins after a tenth of their shorter runs, too.
+
+The full size has the n-gram memory, as published. No published recipe has the structure channels:
+they are off in every size until `structure='core'`, or another choice.
 """
 
 from __future__ import annotations

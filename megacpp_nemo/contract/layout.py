@@ -105,6 +105,14 @@ def _check_kinds(
             allowed="expert_model_parallel_size above 1, or the tensor size for experts too",
             hint="expert_tensor_parallel_size=None",
         )
+    stages = parallelism.pipeline_model_parallel_size
+    if stages > 1 and features.ngram_hash and model.embedding.ngram.placement == "host":
+        raise RecipeError(
+            "N-gram tables in host memory are trained on a single pipeline stage",
+            given=f"embedding.ngram.placement='host', pipeline_model_parallel_size={stages}",
+            allowed="pipeline_model_parallel_size=1, or placement='device'",
+            hint="embedding.ngram.placement='device'",
+        )
     chosen = features.sparse_attention and model.sparse_attention.a_ranks
     if context > 1 and (chosen or BlockFamily.SPARSE_ATTENTION in families):
         raise RecipeError(

@@ -54,6 +54,7 @@ __all__ = [
     "StructureShape",
 ]
 
+PLACEMENTS = ("device", "host")
 EXPERT_ACTIVATIONS = ("gelu", "squared_relu", "swiglu")
 MTP_FAMILIES = (
     BlockFamily.ATTENTION,
@@ -108,12 +109,15 @@ class NgramHashShape(Checked):
         heads_per_order: Independent hashes per order.
         table_size: Rows per table, at least; `table_sizes` are primes.
         dim: Width of one table row.
+        placement: Where the tables lie and are trained: on the `device`, or in `host` memory,
+            from which the rows of a micro-batch are moved.
     """
 
     orders: Annotated[tuple[AtLeastTwo, ...], DISTINCT] = (2, 3)
     heads_per_order: Tables = 8
     table_size: Rows = 500_000
     dim: Positive = 16
+    placement: Annotated[str, one_of(*PLACEMENTS)] = "device"
 
     def __post_init__(self) -> None:
         super().__post_init__()

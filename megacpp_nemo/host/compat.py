@@ -133,7 +133,10 @@ def _optimizer_lost_conditions() -> bool:
 
 
 def _translate_conditions() -> None:
-    """Accept NeMo's parameter conditions and pass them as Megatron's `config_overrides`."""
+    """Accept NeMo's parameter conditions and pass them as Megatron's `config_overrides`.
+
+    What is built trains n-gram tables in host memory, too.
+    """
     from megatron.core import optimizer
 
     upstream = optimizer.get_megatron_optimizer
@@ -152,7 +155,10 @@ def _translate_conditions() -> None:
                 **(overrides or {}),
                 **condition_overrides(config, no_weight_decay_cond, scale_lr_cond, lr_mult),
             }
-        return upstream(config, model_chunks, config_overrides=overrides, **kwargs)
+        from megacpp_nemo.model.host_optimizer import with_host_tables
+
+        built = upstream(config, model_chunks, config_overrides=overrides, **kwargs)
+        return with_host_tables(built, config, model_chunks, overrides)
 
     optimizer.get_megatron_optimizer = get_megatron_optimizer
 

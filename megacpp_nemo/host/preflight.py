@@ -82,7 +82,7 @@ def _unbuilt(config: Any, engine: bool | None) -> list[tuple[str, str, str] | No
         ),
         _when(
             config.context_parallel_size > 1,
-            "recurrent layers under context parallelism",
+            f"{_whole_rows(config)} under context parallelism",
             f"context_parallel_size={config.context_parallel_size}",
             "context_parallel_size=1",
         ),
@@ -111,6 +111,16 @@ def _unbuilt(config: Any, engine: bool | None) -> list[tuple[str, str, str] | No
             "reset_attention_mask=False",
         ),
     ]
+
+
+def _whole_rows(config: Any) -> str:
+    """Return what of the model reads whole rows, of which context parallelism leaves parts."""
+    parts = ["recurrent layers"]
+    if config.ngram_hash:
+        parts.append("an n-gram memory")
+    if config.structure:
+        parts.append("structure channels")
+    return " and ".join((", ".join(parts[:-1]), parts[-1])) if parts[1:] else parts[0]
 
 
 def _when(asked: Any, what: str, given: str, off: str) -> tuple[str, str, str] | None:
@@ -158,7 +168,8 @@ def refuse_resume(*, resuming: bool, distributed_optimizer: bool, on_cpu: bool) 
 def refuse_other_optimizers(optimizers: Any, states: Any, expert_parallel: int) -> None:
     """Refuse optimizer state that was saved by another number of Megatron optimizers.
 
-    Megatron gives experts an optimizer of their own where they are split over ranks.
+    Megatron gives experts an optimizer of their own where they are split over ranks; n-gram
+    tables in host memory have one, too.
 
     Raises:
         RuntimeRefusal: If the numbers differ.
@@ -166,16 +177,31 @@ def refuse_other_optimizers(optimizers: Any, states: Any, expert_parallel: int) 
     for optimizer, state in zip(optimizers, states, strict=False):
         inner = getattr(optimizer, "mcore_optimizer", optimizer)
         have = len(getattr(inner, "chained_optimizers", [inner]))
-        saved = len(state) if all(isinstance(key, int) for key in state) else 1
+        saved = _saved_optimizers(state, have)
         if have != saved:
             raise RuntimeRefusal(
-                "The optimizer state belongs to another expert-parallel layout",
+                "The optimizer state belongs to another expert-parallel layout, or to n-gram "
+                "tables in another place",
                 given=f"state of {saved} optimizers, and "
                 f"expert_model_parallel_size={expert_parallel} makes {have}",
-                allowed="the expert_model_parallel_size the checkpoint was saved with",
-                hint="that size, or the checkpoint's weights alone: "
+                allowed="the expert_model_parallel_size and ngram_placement the checkpoint was "
+                "saved with",
+                hint="those, or the checkpoint's weights alone: "
                 "resume.restore_config=RestoreConfig(path=...)",
             )
+
+
+def _saved_optimizers(state: Any, have: int) -> int:
+    """Return by how many optimizers a state was saved that was read into one of `have`.
+
+    One has its state by names, several by number. What was asked for stays where the checkpoint
+    has nothing: names beside numbers, and moments without a step count.
+    """
+    numbered = [part for key, part in state.items() if isinstance(key, int)]
+    if len(numbered) < len(state):
+        return 1 if have > 1 or not numbered else len(numbered)
+    asked = [part for part in numbered if part.get("state") and "common_step" not in part["state"]]
+    return len(numbered) - len(asked)
 
 
 def check_optimizer_steps(optimizer: Any, *, expected: int) -> None:

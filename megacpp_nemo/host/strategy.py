@@ -24,8 +24,9 @@ from megacpp_nemo.host.preflight import (
     refuse_resume,
     refuse_unbuilt,
 )
-from megacpp_nemo.host.warm_start import FreshIndexers, without_fresh_indexers
+from megacpp_nemo.host.warm_start import warm_start
 from megacpp_nemo.model.prediction import reduced_losses
+from megacpp_nemo.model.tied import with_copies
 
 logger = logging.getLogger(__name__)
 
@@ -82,14 +83,18 @@ class HybridStrategy(MegatronStrategy):
     def load_checkpoint(
         self, checkpoint_path: Any, selective_restore: bool = False
     ) -> dict[str, Any]:
-        """Load a checkpoint; its optimizer's step counts are checked when training starts."""
-        if selective_restore and isinstance(self.restore_config, FreshIndexers):
-            with without_fresh_indexers(self.megatron_parallel, checkpoint_path) as fresh:
-                found = super().load_checkpoint(checkpoint_path, selective_restore)
-            found["state_dict"].update(fresh)
-            return found
-        checkpoint = super().load_checkpoint(checkpoint_path, selective_restore)
-        if checkpoint.get("optimizer") and self.should_restore_optimizer_states():
+        """Load a checkpoint; its optimizer's step counts are checked when training starts.
+
+        Raises:
+            RuntimeRefusal: If its model is another on the input side; see `host.warm_start`.
+        """
+        asked_for = self.restore_config if selective_restore else None
+        config = self.lightning_module.config
+        with warm_start(self.megatron_parallel, config, checkpoint_path, asked_for) as fresh:
+            checkpoint = super().load_checkpoint(checkpoint_path, selective_restore)
+        if selective_restore:
+            checkpoint["state_dict"].update(fresh)
+        elif checkpoint.get("optimizer") and self.should_restore_optimizer_states():
             self._restored_step = checkpoint.get("global_step")
         return checkpoint
 
@@ -116,8 +121,11 @@ class HybridStrategy(MegatronStrategy):
     def on_train_start(self) -> None:
         """Check the restored optimizer before its first step, and say what run this is."""
         super().on_train_start()
+        config = self.lightning_module.config
+        # NeMo's optimizer has set its own by now.
+        config.finalize_model_grads_func = with_copies(config.finalize_model_grads_func)
         if self.is_global_zero:
-            write_card(self.trainer, self.lightning_module.config)
+            write_card(self.trainer, config)
         expected = getattr(self, "_restored_step", None)
         if expected is not None:
             for optimizer in self.optimizers:

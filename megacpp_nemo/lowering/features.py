@@ -16,7 +16,7 @@ from megacpp_nemo.lowering.seams import SEAMS
 
 
 class Status(str, enum.Enum):
-    """Whose a feature is. An experimental one is a seam that the command line does not get yet."""
+    """Whose a feature is. An experimental one is a seam that only a NeMo run has yet."""
 
     NATIVE = "native"
     SEAM = "seam"

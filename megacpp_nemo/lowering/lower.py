@@ -27,7 +27,7 @@ from megacpp_nemo.lowering.refusals import (
     refuse_unowned,
 )
 from megacpp_nemo.lowering.releases import DEFAULT_RELEASE, Release, load_release
-from megacpp_nemo.lowering.seams import Kind, Seam
+from megacpp_nemo.lowering.seams import NEMO_ONLY, Seam
 from megacpp_nemo.lowering.settings import Setting, flag_words, settings_of
 from megacpp_nemo.lowering.spec_name import SPEC_MODULE
 from megacpp_nemo.lowering.table import TABLE
@@ -181,11 +181,8 @@ def _argv(plan: Plan) -> Iterator[str]:
 def _open(plan: Plan) -> Iterator[Open]:
     for seam in plan.seams:
         if not seam.built:
-            where = "is not built on Megatron's command line"
-            if seam.kind is Kind.CALLBACK:
-                where = "acts in a NeMo run only"
             yield Open(
-                what=f"{seam.what} {where}: the spec refuses it",
+                what=f"{seam.what} works {NEMO_ONLY}: the spec refuses it",
                 settle=seam.off
                 + (f", or a release from {seam.native_since}" if seam.native_since else ""),
             )

@@ -213,13 +213,15 @@ INPUT_ROWS: tuple[Row, ...] = (
         "heads_per_order",
         "table_size",
         "dim",
+        "placement",
     ),
     Row(
         field="features.structure",
-        nemo=(f"{CONFIG}.structure",),
+        nemo=(f"{CONFIG}.structure", "data.structure"),
         spec=STRUCTURE,
         stock=OFF_STRUCTURE,
         owner="spec",
+        note="the data serves the channels that the model takes",
     ),
     *spec_carried(
         "model.embedding.structure",

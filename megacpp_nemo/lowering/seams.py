@@ -26,23 +26,25 @@ class Kind(str, enum.Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Seam:
-    """One thing that is ours, or that nobody builds yet.
+    """One thing that is ours.
 
     Args:
         id: Name, as reports and errors use it.
         kind: Where it attaches.
         what: What it is, in words.
-        owner: Module or class of this package that builds it, or refuses to.
+        owner: Module or class of this package that builds it on Megatron's command line, or
+            refuses to.
         built: Whether Megatron's command line gets it today. What is not built is carried by
-            name only: the spec refuses to start with it. A NeMo recipe refuses it too, but for
-            callbacks, which a NeMo run has from their owner, and where the evidence says so.
-        reason: Why Megatron does not own it.
+            name only: the spec refuses to start with it, and a NeMo run has it.
+        reason: Why Megatron does not own it, and why the spec cannot bring it.
         native_since: First release that has it, or None.
         graduates: What would have to hold for the seam to go.
         evidence: Where it is shown.
         off: What turns it off in a recipe.
         layers: 1-based numbers of the layers it covers.
         slot: Symbol of the release on whose slot its layers ride; empty if it has none.
+        nemo_owner: Module or class of this package that builds it in a NeMo run, where Megatron's
+            command line does not get it; empty where it does.
     """
 
     id: str
@@ -57,6 +59,7 @@ class Seam:
     off: str
     layers: tuple[int, ...] = ()
     slot: str = ""
+    nemo_owner: str = ""
 
     def at(self, layers: Iterable[int] = (), slot: str = "") -> Seam:
         """Return the seam as it stands in one model."""
@@ -64,6 +67,7 @@ class Seam:
 
 
 REFUSES = "megacpp_nemo.spec"
+NEMO_ONLY = "in a NeMo run only"
 
 _ALL = (
     Seam(
@@ -172,8 +176,10 @@ _ALL = (
         reason="--mtp-num-layers is accepted, and a hybrid model builds nothing for it",
         native_since="0.17",
         graduates="a release whose hybrid pattern takes / suffixes",
-        evidence="none yet; the NeMo recipe does it",
+        evidence="tests/spec/test_nemo_owners.py, tests/model/test_prediction.py, of the NeMo "
+        "recipe",
         off="model.mtp.num_layers=0",
+        nemo_owner="megacpp_nemo.model.prediction.PredictionBlock",
     ),
     Seam(
         id="ngram-hash",
@@ -181,11 +187,13 @@ _ALL = (
         what="the hashed n-gram memory",
         owner=REFUSES,
         built=False,
-        reason="Megatron's embedding takes tokens and positions only",
+        reason="Megatron's embedding takes tokens and positions only, and its hybrid model builds "
+        "it without a spec: what --spec names is the stack, which gets no tokens",
         native_since=None,
         graduates="an embedding spec in Megatron's hybrid model",
-        evidence="none yet",
+        evidence="tests/spec/test_nemo_owners.py, tests/model/test_ngram.py, of the NeMo recipe",
         off="features.ngram_hash=false",
+        nemo_owner="megacpp_nemo.model.ngram.NgramMemory",
     ),
     Seam(
         id="structure",
@@ -193,11 +201,14 @@ _ALL = (
         what="the code-structure channels",
         owner=REFUSES,
         built=False,
-        reason="Megatron's data and embedding know no such channels",
+        reason="Megatron's data and embedding know no such channels, and its hybrid model builds "
+        "the embedding without a spec",
         native_since=None,
         graduates="extra input channels in Megatron's data and hybrid model",
-        evidence="none yet",
+        evidence="tests/spec/test_nemo_owners.py, tests/model/test_structure.py, of the NeMo "
+        "recipe",
         off="features.structure=null",
+        nemo_owner="megacpp_nemo.model.structure.StructureEmbedding",
     ),
     Seam(
         id="documents",
@@ -209,8 +220,9 @@ _ALL = (
         native_since=None,
         graduates="boundaries that reach every layer: 0.19.0 has "
         "--dataloader-inter-document-masking, which M2RNN cannot read yet",
-        evidence="none yet; the NeMo recipe does it",
+        evidence="tests/model/test_documents.py, of the NeMo recipe",
         off="features.reset_state=false",
+        nemo_owner="megacpp_nemo.model.documents.DocumentBoundaries",
     ),
 )
 
@@ -221,13 +233,14 @@ def _lever(name: str, what: str, off: str) -> Seam:
         id=name,
         kind=Kind.CALLBACK,
         what=what,
-        owner=f"megacpp_nemo.callbacks.{name}",
+        owner=REFUSES,
         built=False,
         reason="no flag turns it on, and Megatron's own script runs no NeMo callbacks",
         native_since=None,
         graduates="a flag for it, or a hook for callbacks in Megatron's pretraining loop",
         evidence="tests/callbacks, of the NeMo recipe",
         off=off,
+        nemo_owner=f"megacpp_nemo.callbacks.{name}",
     )
 
 

@@ -66,9 +66,12 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
         ngram_hash: Hashed n-gram memory on the input side.
         ngram_orders: Lengths of the n-grams; with the three after it, the memory's shape.
         ngram_heads_per_order: Independent hashes per order.
-        ngram_table_size: Rows per table, about.
-        ngram_dim: Width of one table row.
-        structure: Code-structure channels on the input side: None, `core` or `all`.
+        ngram_table_size: Rows per table, at least; the tables' sizes are primes.
+        ngram_dim: Width of one table row, split over the tensor ranks.
+        ngram_placement: Where the tables lie and are trained: on the `device`, or in `host`
+            memory, from which the rows of a micro-batch are moved.
+        structure: Code-structure channels on the input side: None, `core`, `all`, or names of
+            channels joined by `+`.
         structure_bottleneck: Width of the structure table before its up-projection.
         reset_state: M and R layers start anew at each document of a packed row.
         reset_attention_mask: Attention stays within each document of a packed row.
@@ -138,6 +141,7 @@ class HybridConfig(SSMConfig, MLATransformerConfig):
     ngram_heads_per_order: int = 8
     ngram_table_size: int = 500_000
     ngram_dim: int = 16
+    ngram_placement: str = "device"
     structure: Optional[str] = None
     structure_bottleneck: int = 64
     reset_state: bool = False

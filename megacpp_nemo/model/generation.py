@@ -70,7 +70,8 @@ def generate(
         prompt_ids: Tokens `[seq]`, or `[batch, seq]` of one length.
         max_new_tokens: Tokens to say at most, for each row.
         sampling: How tokens are chosen; greedy by default.
-        end_id: Token that ends a row; rows without one go on to `max_new_tokens`.
+        end_id: Token that ends a row; rows without one go on to `max_new_tokens`. In the
+            prompt it ends a document, which n-grams do not cross.
         vocab_size: Tokens that mean something; those that only pad the model's vocabulary are
             never chosen. By default all.
 
@@ -82,7 +83,8 @@ def generate(
     sampling = sampling or Sampling()
     prompt = _checked(model, prompt_ids, max_new_tokens, vocab_size)
     model.eval()
-    state = GenerationState(batch_size=prompt.size(0), max_tokens=prompt.size(1) + max_new_tokens)
+    batch, room = prompt.size(0), prompt.size(1) + max_new_tokens
+    state = GenerationState(batch_size=batch, max_tokens=room, end_id=end_id)
     for piece in prompt.split(PREFILL_TOKENS, dim=1):
         logits = forward(model, piece, state)
     draw = torch.Generator(device=prompt.device).manual_seed(sampling.seed)

@@ -16,7 +16,8 @@ hides what is not visible yet:
     keys = append(context, number, "keys", keys)      # all tokens so far
     mask = visible(context, new=len(queries), device=keys.device)
 
-Every row of a batch has the same length, and no row begins a new document on its way.
+Every row of a batch has the same length. Layers carry their state over a row's documents; only
+the n-gram memory of the input side begins anew behind `end_id`.
 """
 
 from __future__ import annotations
@@ -43,10 +44,19 @@ class GenerationState(StaticInferenceContext):
         max_tokens: Tokens that a row may come to, which the caches are made for.
         all_logits: Whether the model returns logits of every token given to it; only those of
             the last one by default.
+        end_id: Token that ends a document, which no n-gram crosses; None if there is none.
     """
 
-    def __init__(self, *, batch_size: int, max_tokens: int, all_logits: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        max_tokens: int,
+        all_logits: bool = False,
+        end_id: int | None = None,
+    ) -> None:
         super().__init__(batch_size, max_tokens)
+        self.end_id = end_id
         self.materialize_only_last_token_logits = not all_logits
         self._kept: dict[int | None, dict[str, Tensor]] = {}
         self._caches: dict[int | None, dict[str, Tensor]] = {}

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from megacpp_nemo.model.documents import DocumentBoundaries
 from megacpp_nemo.model.embedding import InputEmbedding
 from megacpp_nemo.model.prediction import DepthLosses, PredictionBlock
+from megacpp_nemo.model.tied import as_replicas, order_parts, tie
 from megacpp_nemo.model.unused import zero_of
 
 
@@ -48,6 +49,8 @@ class HybridMambaModel(MambaModel):
         depth_losses: The depths' losses since they were last taken, on the last stage.
     """
 
+    embedding: InputEmbedding
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._batch: _Batch | None = None
         self.depth_losses = DepthLosses()
@@ -64,22 +67,31 @@ class HybridMambaModel(MambaModel):
         Megatron calls this once everything else is built.
         """
         if self.pre_process:
-            # The tokens' weights stay those that Megatron drew.
-            words = self.embedding.word_embeddings
-            self.embedding = self._input_embedding()
-            self.embedding.word_embeddings = words
+            ours = self._input_embedding()
+            ours.keep_tables_of(self.embedding)
+            self.embedding = ours
         if self.mtp_process:
             self._add_depths()
         super().setup_embeddings_and_output_layer()
+        if self.has_tied_inputs:
+            tie(self.embedding, self.embd_group, copy=not self.pre_process)
+
+    @property
+    def has_tied_inputs(self) -> bool:
+        """Whether this stage's embedding is one of several that are kept equal."""
+        elsewhere = self.config.mtp_num_layers and not (self.pre_process and self.post_process)
+        return bool(elsewhere and (self.pre_process or self.post_process))
 
     def _input_embedding(self) -> InputEmbedding:
-        return InputEmbedding(
+        embedding = InputEmbedding(
             config=self.config,
             vocab_size=self.vocab_size,
             max_sequence_length=self.max_sequence_length,
             position_embedding_type=self.position_embedding_type,
             tp_group=self.pg_collection.tp,
         )
+        order_parts(embedding)
+        return embedding
 
     def _add_depths(self) -> None:
         if not self.pre_process:
@@ -226,4 +238,5 @@ class HybridMambaModel(MambaModel):
                 tp_group=self.tp_group,
                 dp_cp_group=metadata["dp_cp_group"],
             )
+            as_replicas(state, f"{prefix}embedding.")
         return state

@@ -51,11 +51,11 @@ def inverse_softplus_steps(count: int, dtype: torch.dtype) -> Tensor:
     return (steps + torch.log(-torch.expm1(-steps))).to(dtype)
 
 
-def unit_rows(weight: nn.Parameter, width: int, first: int, *, seed: int, name: str) -> None:
+def unit_rows(weight: Tensor, width: int, first: int, *, seed: int, name: str) -> None:
     """Fill a part of a table with normal rows, of length 1 in expectation.
 
-    The table has a generator of its own: it is the same whatever splits it, and what is drawn
-    for the rest of the model is the same with and without it.
+    The table has a generator of its own, of the CPU: it is the same whatever splits it and
+    wherever it lies, and what is drawn for the rest of the model is the same with and without it.
 
     Args:
         weight: `[rows, part]`, columns `first` to `first + part` of the table.
@@ -66,8 +66,8 @@ def unit_rows(weight: nn.Parameter, width: int, first: int, *, seed: int, name: 
     """
     if weight.is_meta:
         return
-    draw = torch.Generator(device=weight.device).manual_seed(seed ^ zlib.crc32(name.encode()))
+    draw = torch.Generator("cpu").manual_seed(seed ^ zlib.crc32(name.encode()))
     with torch.no_grad():
         for rows in weight.split(TABLE_BLOCK):
-            whole = torch.randn(len(rows), width, generator=draw, device=weight.device)
+            whole = torch.randn(len(rows), width, generator=draw, device="cpu")
             rows.copy_(whole[:, first : first + weight.size(1)] * width**-0.5)

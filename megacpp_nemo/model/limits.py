@@ -12,6 +12,7 @@ from megacpp_nemo.contract.errors import RuntimeRefusal
 from megacpp_nemo.contract.pattern import BlockFamily
 from megacpp_nemo.contract.shapes import SparseAttentionShape
 from megacpp_nemo.host.compat import transformer_engine_available
+from megacpp_nemo.model.host_optimizer import refuse_host_tables
 from megacpp_nemo.model.recompute import recomputed_parts, refuse_recompute
 from megacpp_nemo.model.shape import sparse_shape_of
 
@@ -45,6 +46,7 @@ def refuse_settings(config: Any) -> None:
         _refuse_recurrent(config)
     if config.mtp_num_layers:
         _refuse_prediction(config)
+    refuse_host_tables(config)
     refuse_recompute(config)
 
 

@@ -1,7 +1,8 @@
 """The hashed n-gram memory: what the last few tokens were, looked up in tables of prime size.
 
 - `NgramHash`: the rows that the n-grams ending at each token fall on.
-- `NgramMemory`: the tables, and the projection that joins the token embedding.
+- `NgramMemory`: the tables (`ngram_table`), and the projection that joins the token embedding.
+- `check_vocabulary`: how many tokens can be hashed.
 
 Hashed n-gram embeddings stand beside byte embeddings in BLT (arXiv 2412.09871); here they stand
 beside tokens, with several hashes of each order, so that n-grams that meet in one table part in
@@ -18,18 +19,18 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
-from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megacpp_nemo.contract.errors import RuntimeRefusal
 from megacpp_nemo.contract.shapes import NgramHashShape
 from megacpp_nemo.model.arguments import document_index
-from megacpp_nemo.model.initial import parameter_device, unit_rows
+from megacpp_nemo.model.ngram_table import HOST, NO_ROW, HostNgramTable, NgramTable
 
 # Of the multipliers: part of what a trained table means, so it never changes.
 HASH_SEED = 52
-NO_ROW = -1
+# A token below it times a multiplier below 2^31 lies in int64, and so does what XOR makes of them.
+MOST_TOKENS = 2**31
 
 
 class NgramHash:
@@ -67,7 +68,7 @@ class NgramHash:
         An n-gram lies within one document and within its row.
 
         Args:
-            tokens: `[batch, seq]`.
+            tokens: `[batch, seq]` int64, from 0 to `MOST_TOKENS - 1`.
             document_ids: `[batch, seq]`, changing where a document begins; None if each row is
                 one document.
         """
@@ -94,7 +95,9 @@ class NgramMemory(MegatronModule):
 
     The tables are one stack, split over tensor ranks by its width: every rank holds a part of
     every row, whatever the primes are, and what is read from it is the projection's input,
-    split as Megatron's row-parallel layers have it.
+    split as Megatron's row-parallel layers have it. Split by its rows, the primes would not
+    divide, each rank would mask what it does not hold, and the tables' outputs, `tables x dim`
+    to a token, would have to be summed over the ranks besides the projection's.
 
     Args:
         config: Hybrid model configuration.
@@ -105,7 +108,8 @@ class NgramMemory(MegatronModule):
     def __init__(self, config: Any, shape: NgramHashShape, tp_group: Any) -> None:
         super().__init__(config=config)
         self.hash = NgramHash(shape.orders, shape.table_sizes)
-        self.table = NgramTable(config, sum(shape.table_sizes), shape.dim, tp_group)
+        table = HostNgramTable if config.ngram_placement == HOST else NgramTable
+        self.table = table(config, sum(shape.table_sizes), shape.dim, tp_group)
         self.out_proj = RowParallelLinear(
             len(shape.table_sizes) * shape.dim,
             config.hidden_size,
@@ -131,54 +135,19 @@ class NgramMemory(MegatronModule):
         return joined
 
 
-class NgramTable(MegatronModule):
-    """The stack of tables `[rows, width]`, of which this tensor rank holds a part of the width.
+def check_vocabulary(size: int) -> None:
+    """Refuse a vocabulary whose hashes would not fit into 64 bits.
 
-    Args:
-        config: Hybrid model configuration.
-        rows: Rows of all tables.
-        width: Width of a row, all ranks together.
-        tp_group: Tensor-parallel group.
+    Raises:
+        RuntimeRefusal: If it has more than `MOST_TOKENS` tokens.
     """
-
-    def __init__(self, config: Any, rows: int, width: int, tp_group: Any) -> None:
-        super().__init__(config=config)
-        self.tp_group = tp_group
-        part = width // get_pg_size(tp_group)
-        first = part * get_pg_rank(tp_group)
-        self.weight = nn.Parameter(
-            torch.empty(rows, part, device=parameter_device(), dtype=config.params_dtype)
+    if size > MOST_TOKENS:
+        raise RuntimeRefusal(
+            "The vocabulary is too large for the n-gram hash",
+            given=f"{size:,} tokens",
+            allowed=f"at most {MOST_TOKENS:,}, whose hashes fit into 64 bits",
+            hint="ngram_hash=False, or a smaller tokenizer",
         )
-        for name, value in (
-            ("tensor_model_parallel", True),
-            ("partition_dim", 1),
-            ("partition_stride", 1),
-        ):
-            setattr(self.weight, name, value)
-        if config.perform_initialization:
-            unit_rows(self.weight, width, first, seed=config.seed, name="ngram_hash")
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """Return `[..., part of the width]` of rows `[...]`; zeros for -1."""
-        read = functional.embedding(rows.clamp(min=0), self.weight)
-        return read * (rows != NO_ROW).unsqueeze(-1)
-
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[Any, ...] = (),
-        metadata: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """Return the table as Megatron saves it, split over tensor ranks by its width."""
-        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
-            prefix,
-            {"weight": 1},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=(metadata or {}).get("dp_cp_group"),
-        )
-        return sharded
 
 
 def _delayed(tokens: Tensor, by: int) -> Tensor:

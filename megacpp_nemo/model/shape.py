@@ -65,6 +65,7 @@ def shape_of(config: Any) -> tuple[ModelShape, Features]:
                 heads_per_order=config.ngram_heads_per_order,
                 table_size=config.ngram_table_size,
                 dim=config.ngram_dim,
+                placement=config.ngram_placement,
             ),
             structure=StructureShape(bottleneck=config.structure_bottleneck),
         ),

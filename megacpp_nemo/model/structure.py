@@ -10,11 +10,12 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor, nn
-from torch.nn import functional
 
 from megacpp_nemo.contract.errors import RuntimeRefusal
 from megacpp_nemo.contract.structure import STRUCTURE_CHANNELS
 from megacpp_nemo.model.initial import parameter_device, unit_rows
+
+WHOLE_NUMBERS = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.int32, torch.int64)
 
 
 class StructureEmbedding(MegatronModule):
@@ -41,9 +42,8 @@ class StructureEmbedding(MegatronModule):
         self.offsets = [0, *accumulate(self.sizes)][:-1]
         kind = {"device": parameter_device(), "dtype": config.params_dtype}
         self.scale = nn.Parameter(torch.full((len(channels),), 1 / len(channels), **kind))
-        self.table, self.up_proj = nn.Module(), nn.Module()
-        self.table.weight = nn.Parameter(torch.empty(sum(self.sizes), bottleneck, **kind))
-        self.up_proj.weight = nn.Parameter(torch.zeros(config.hidden_size, bottleneck, **kind))
+        self.table = _Table(sum(self.sizes), bottleneck, **kind)
+        self.up_proj = _UpProjection(bottleneck, config.hidden_size, bias=False, **kind)
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         if config.perform_initialization:
@@ -52,15 +52,17 @@ class StructureEmbedding(MegatronModule):
     def rows(self, structure: Mapping[str, Tensor] | None, tokens: Tensor) -> Tensor:
         """Return rows of the table `[batch, seq, channels]`, int64.
 
-        Values beyond a channel's range fall on its last one; the absent id on its own row.
+        Of a channel of n values, ids 0 to n - 1 are values, and n is absent; so is every
+        negative id. Ids above n fall on the last value.
 
         Args:
-            structure: Ids `[batch, seq]` by channel; channels that the model has not are not
-                read. None: every channel is absent.
+            structure: Whole numbers `[batch, seq]` by channel, on the tokens' device; channels
+                that the model has not are not read. None: every channel is absent.
             tokens: `[batch, seq]`.
 
         Raises:
-            RuntimeRefusal: If a channel is missing, or not as long as the tokens.
+            RuntimeRefusal: If a channel is missing, or its ids are no whole numbers, of another
+                shape than the tokens or on another device.
         """
         if structure is None:
             last = [
@@ -77,15 +79,9 @@ class StructureEmbedding(MegatronModule):
             )
         rows = []
         for name, size, offset in zip(self.channels, self.sizes, self.offsets, strict=True):
-            ids = structure[name]
-            if ids.shape != tokens.shape:
-                raise RuntimeRefusal(
-                    f"The structure channel {name} is not aligned with the tokens",
-                    given=f"{name} {list(ids.shape)} for tokens {list(tokens.shape)}",
-                    allowed="one id for each token, [batch, seq]",
-                    hint="the ids of the same rows, cut and padded as the tokens are",
-                )
-            rows.append(ids.long().clamp(0, size - 1) + offset)
+            ids = _checked(name, structure[name], tokens).long()
+            values, absent = ids.clamp(max=size - 2), (ids < 0) | (ids == size - 1)
+            rows.append(values.where(~absent, size - 1) + offset)
         return torch.stack(rows, -1)
 
     def forward(self, rows: Tensor) -> Tensor:
@@ -99,5 +95,39 @@ class StructureEmbedding(MegatronModule):
         rows = rows.transpose(0, 1)
         if self.config.sequence_parallel:
             rows = rows.chunk(get_pg_size(self.tp_group))[get_pg_rank(self.tp_group)]
-        read = functional.embedding(rows, self.table.weight)
-        return functional.linear((read * self.scale.unsqueeze(-1)).sum(-2), self.up_proj.weight)
+        weighted = self.table(rows) * self.scale.unsqueeze(-1)
+        joined: Tensor = self.up_proj(weighted.sum(-2))
+        return joined
+
+
+# Both are called as modules: before that, Megatron's distributed optimizer may still be gathering
+# the weights of the last step. Neither draws anything when it is built.
+class _Table(nn.Embedding):
+    def reset_parameters(self) -> None:
+        pass
+
+
+class _UpProjection(nn.Linear):
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+
+def _checked(name: str, ids: Tensor, tokens: Tensor) -> Tensor:
+    """Return a channel's ids if they are those of the tokens `[batch, seq]`."""
+    kind = str(getattr(ids, "dtype", type(ids).__name__)).removeprefix("torch.")
+    if not isinstance(ids, Tensor) or ids.dtype not in WHOLE_NUMBERS:
+        raise RuntimeRefusal(
+            f"The structure channel {name} does not hold ids",
+            given=f"{name} of type {kind}",
+            allowed="a tensor of whole numbers",
+            hint="the ids as the data was built with: int64, or uint8 and uint16",
+        )
+    if ids.shape != tokens.shape or ids.device != tokens.device:
+        raise RuntimeRefusal(
+            f"The structure channel {name} is not aligned with the tokens",
+            given=f"{name} {list(ids.shape)} on {ids.device} for tokens {list(tokens.shape)} on "
+            f"{tokens.device}",
+            allowed="one id for each token, [batch, seq], on the same device",
+            hint="the ids of the same rows, cut, padded and moved as the tokens are",
+        )
+    return ids

@@ -27,6 +27,7 @@ from megacpp_nemo.planner.saved import (
     SINGLE,
     Room,
     Saved,
+    input_side,
     norm,
     recompute_of,
 )
@@ -98,19 +99,6 @@ def _layer(room: Room, family: BlockFamily) -> Saved:
     return kinds[family](room)
 
 
-def _embedding(room: Room) -> Saved:
-    kept = {"tokens": room.tokens * INDEX}
-    embedding, features = room.recipe.model.embedding, room.recipe.features
-    if features.ngram_hash:
-        tables = len(embedding.ngram.orders) * embedding.ngram.heads_per_order
-        kept["n-grams"] = room.tokens * tables * (INDEX + embedding.ngram.dim * room.width)
-    if features.structure:
-        channels = 2 if features.structure == "core" else 5
-        bottleneck = embedding.structure.bottleneck * room.width
-        kept["structure"] = room.tokens * (channels * INDEX + bottleneck)
-    return kept
-
-
 def _head(room: Room) -> Saved:
     columns = padded_vocabulary(room.recipe) // room.tensor
     return {
@@ -129,13 +117,12 @@ def _main_head(room: Room) -> Saved:
 
 
 def _entry(room: Room) -> Saved:
-    tokens = room.tokens * INDEX
-    return {"tokens": tokens, "norms": 2 * norm(room), "joined input": 2 * room.stream}
+    return {**input_side(room), "norms": 2 * norm(room), "joined input": 2 * room.stream}
 
 
 _ENDS: dict[Role, Callable[[Room], Saved]] = {
-    Role.EMBEDDING: _embedding,
-    # Each depth's entry counts the tokens that it looks up in it.
+    Role.EMBEDDING: input_side,
+    # Each depth's entry counts what it looks up in it.
     Role.EMBEDDING_COPY: lambda room: {},
     Role.FINAL_NORM: lambda room: {"norm": norm(room)},
     Role.HEAD: _main_head,

@@ -56,11 +56,13 @@ class PieceSizes(NamedTuple):
         dense: Of those that are reduced over all data-parallel ranks.
         experts: Of routed experts' that are reduced over the expert data-parallel group.
         tables: Elements of n-gram tables among the first.
+        channels: How many of the first, from the first on, are structure channels' parameters.
     """
 
     dense: tuple[int, ...]
     experts: tuple[int, ...]
     tables: int
+    channels: int
 
 
 def data_ranks(recipe: HybridRecipe, *, expert: bool) -> int:
@@ -93,7 +95,7 @@ def buffers_of(recipe: HybridRecipe, stage: int, held: Sequence[Piece]) -> tuple
         own = [(p.role, piece_sizes(recipe, p)) for p in ordered if p.chunk == chunk]
         for expert in (False, True):
             sizes = [
-                (size, _stands_apart(recipe, role, place))
+                (size, place >= piece.channels and _stands_apart(recipe, role))
                 for role, piece in own
                 for place, size in enumerate(piece.experts if expert else piece.dense)
             ]
@@ -142,15 +144,23 @@ def _sizes(key: _Key) -> PieceSizes:
         dense=tuple(p.count for p in held if not (apart and p.expert)),
         experts=tuple(p.count for p in held if apart and p.expert),
         tables=sum(parameter.count for parameter in held if parameter.name.endswith(NGRAM_TABLE)),
+        channels=sum(is_channels(parameter.name) for parameter in held),
     )
 
 
-def _stands_apart(recipe: HybridRecipe, role: Role, place: int) -> bool:
-    """Whether a parameter has a bucket of its own: the embedding that two stages share."""
+def is_channels(name: str) -> bool:
+    """Whether a parameter, by its name, is of the structure channels."""
+    return name.startswith("embedding.structure.")
+
+
+def _stands_apart(recipe: HybridRecipe, role: Role) -> bool:
+    """Whether a part's parameters have a bucket each: the embedding that two stages share.
+
+    The structure channels' are too small, and have none.
+    """
     parallelism = recipe.parallelism
     return (
-        place == 0
-        and role in (Role.EMBEDDING, Role.EMBEDDING_COPY)
+        role in (Role.EMBEDDING, Role.EMBEDDING_COPY)
         and parallelism.use_distributed_optimizer
         and parallelism.pipeline_model_parallel_size > 1
         and recipe.model.mtp.num_layers > 0

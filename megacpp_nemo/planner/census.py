@@ -66,7 +66,8 @@ class Census:
 
     def __init__(self, layouts: Layouts) -> None:
         self.layouts, self.recipe = layouts, layouts.recipe
-        every = [*pieces(self.recipe), Piece(role=Role.EMBEDDING_COPY, name="", prefix="")]
+        copy = Piece(role=Role.EMBEDDING_COPY, name="", prefix="embedding.")
+        every = [*pieces(self.recipe), copy]
         self.kinds = tuple({(piece.role, piece.family): piece for piece in every}.values())
         self._known: dict[tuple[Any, ...], Any] = {}
 

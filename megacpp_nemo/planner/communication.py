@@ -11,7 +11,6 @@ Megatron's Mamba mixer, and not measured.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from megacpp_nemo.contract.errors import lookup
@@ -19,9 +18,13 @@ from megacpp_nemo.contract.recipe import HybridRecipe
 from megacpp_nemo.planner.buffers import buffers_of
 from megacpp_nemo.planner.collectives import (
     CONTEXT,
+    DATA,
+    EMBEDDING,
     EXPERT,
+    EXPERT_DATA,
     EXPERT_TENSOR,
     GATHER,
+    PIPELINE,
     REDUCE,
     SCATTER,
     SEND,
@@ -29,57 +32,16 @@ from megacpp_nemo.planner.collectives import (
     TENSOR_CONTEXT,
     TENSOR_EXPERT,
     Exchange,
+    Volume,
 )
+from megacpp_nemo.planner.copies import of_copies
 from megacpp_nemo.planner.dispatch import DISPATCHERS
 from megacpp_nemo.planner.exchanges import of_layer, outside_layers
 from megacpp_nemo.planner.memory import GRADIENT_BYTES
-from megacpp_nemo.planner.pieces import Piece, Role
+from megacpp_nemo.planner.pieces import Piece
 from megacpp_nemo.planner.pipeline import micro_batches
 from megacpp_nemo.planner.saved import Room, element_bytes, recompute_of
-from megacpp_nemo.planner.sharding import piece_on_rank, stage_pieces
-
-PIPELINE, DATA, EXPERT_DATA, EMBEDDING = "pipeline", "data", "expert data", "embedding"
-# Whole on every tensor rank, which sees a part of the tokens: norms of the stream and the router.
-OF_TOKENS = ("layernorm.weight", "enorm.weight", "hnorm.weight", "router.weight")
-
-
-@dataclass(frozen=True, slots=True)
-class Volume:
-    """Collectives of one kind that a rank takes part in during an optimizer step.
-
-    Args:
-        group: `tensor`, `expert`, `expert tensor`, `tensor and expert`, `tensor and context`,
-            `context`, `pipeline`, `data`, `expert data` or `embedding`.
-        operation: `all-reduce`, `all-gather`, `reduce-scatter`, `all-to-all` or `send`.
-        what: What for, in words.
-        count: How many of them.
-        payload_bytes: Bytes of their tensors together.
-        ranks: Size of the group.
-    """
-
-    group: str
-    operation: str
-    what: str
-    count: int
-    payload_bytes: int
-    ranks: int
-
-    @property
-    def bytes_per_rank(self) -> int:
-        """Bytes that a rank sends, by the ring formula of the module."""
-        return ring_bytes(self.operation, self.payload_bytes, self.ranks)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the figures as plain data."""
-        return {**asdict(self), "bytes_per_rank": self.bytes_per_rank}
-
-
-def ring_bytes(operation: str, payload: int, ranks: int) -> int:
-    """Return the bytes that a rank sends for a collective of `payload` bytes over `ranks`."""
-    if operation == SEND:
-        return payload
-    share = payload * (ranks - 1) // ranks
-    return 2 * share if operation == REDUCE else share
+from megacpp_nemo.planner.sharding import stage_pieces
 
 
 def volumes(
@@ -111,7 +73,7 @@ def volumes(
         *_of_micro_batches(room, held, recompute_of(recipe, recompute), dispatcher),
         *_of_pipeline(room, stage),
         *_of_data(recipe, stage, held),
-        *_of_copies(recipe, stage, held),
+        *of_copies(recipe, held),
     ]
     return tuple(volume for volume in found if volume.ranks > 1)
 
@@ -205,44 +167,3 @@ def _of_data(recipe: HybridRecipe, stage: int, held: Sequence[Piece]) -> Iterato
         yield Volume(group, SCATTER, "gradients", count, gradients, ranks)
         parameters = times * elements * width
         yield Volume(group, GATHER, "parameters", times * count, parameters, ranks)
-
-
-def _of_copies(recipe: HybridRecipe, stage: int, held: Sequence[Piece]) -> Iterator[Volume]:
-    """Yield the reduction of gradients of parameters that several ranks have copies of."""
-    layout, roles = recipe.parallelism, {piece.role: piece for piece in held}
-    stages = layout.pipeline_model_parallel_size
-    if recipe.model.mtp.num_layers and stages > 1:
-        for role in (Role.EMBEDDING, Role.EMBEDDING_COPY):
-            if role in roles:
-                words = next(iter(piece_on_rank(recipe, roles[role])))
-                payload = words.count * GRADIENT_BYTES
-                yield Volume(EMBEDDING, REDUCE, "gradients of the copies", 1, payload, 2)
-    ranks = layout.tensor_model_parallel_size
-    summed, averaged = _copied_elements(recipe, held) if ranks > 1 else (0, 0)
-    for what, elements in (("norms and routers", summed), ("indexers", averaged)):
-        if elements and (layout.sequence_parallel or what == "indexers"):
-            payload = elements * GRADIENT_BYTES
-            yield Volume(TENSOR, REDUCE, f"gradients of {what}", 1, payload, ranks)
-
-
-def _copied_elements(recipe: HybridRecipe, held: Sequence[Piece]) -> tuple[int, int]:
-    """Return the elements of norms and routers, and those of indexers, on one rank."""
-    counted: dict[tuple[Any, ...], tuple[int, int]] = {}
-    summed = averaged = 0
-    for piece in held:
-        kind = (piece.role, piece.family)
-        if kind not in counted:
-            own = list(piece_on_rank(recipe, piece))
-            indexers = sum(p.count for p in own if ".indexer." in p.name)
-            norms = sum(p.count for p in own if _sees_tokens(p.name, piece))
-            counted[kind] = norms, indexers
-        summed += counted[kind][0]
-        averaged += counted[kind][1]
-    return summed, averaged
-
-
-def _sees_tokens(name: str, piece: Piece) -> bool:
-    own = name[len(piece.prefix) :]
-    return name.endswith(OF_TOKENS) or (
-        own in ("norm.weight", "weight") and (piece.role is not Role.HEAD)
-    )

@@ -182,10 +182,12 @@ def outside_layers(room: Room, role: Role) -> Exchanges:
     if room.tensor == 1:
         return
     hidden = room.recipe.model.hidden_size
-    if role is Role.EMBEDDING:
+    if role in (Role.EMBEDDING, Role.DEPTH_ENTRY):
         yield from row(room)
+        if room.recipe.features.ngram_hash:
+            # Its projection has a sum over the ranks of its own.
+            yield from row(room)
     if role is Role.DEPTH_ENTRY:
-        yield from row(room)
         yield from column(room, 2 * hidden)
         yield from _spread(room, hidden)
     if role in (Role.HEAD, Role.DEPTH_NORM):

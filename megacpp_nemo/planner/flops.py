@@ -190,8 +190,13 @@ def _experts(recipe: HybridRecipe, full: bool) -> dict[str, float]:
 
 
 def _embedding(recipe: HybridRecipe) -> dict[str, float]:
+    return {"token lookup": 0.0, **_beside_tokens(recipe)}
+
+
+def _beside_tokens(recipe: HybridRecipe) -> dict[str, float]:
+    """Return what the n-gram memory and the structure channels cost wherever tokens are read."""
     hidden, embedding = recipe.model.hidden_size, recipe.model.embedding
-    terms = {"token lookup": 0.0}
+    terms: dict[str, float] = {}
     if recipe.features.ngram_hash:
         width = len(embedding.ngram.orders) * embedding.ngram.heads_per_order * embedding.ngram.dim
         terms["n-gram projection"] = 2 * hidden * width
@@ -205,7 +210,7 @@ def _head(recipe: HybridRecipe) -> dict[str, float]:
 
 
 def _depth_entry(recipe: HybridRecipe) -> dict[str, float]:
-    return {"joining projection": 2 * 2 * recipe.model.hidden_size**2}
+    return {**_beside_tokens(recipe), "joining projection": 4 * recipe.model.hidden_size**2}
 
 
 _FAMILIES: dict[BlockFamily, Callable[[HybridRecipe, bool], dict[str, float]]] = {

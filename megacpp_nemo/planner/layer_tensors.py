@@ -26,12 +26,14 @@ class PieceTensor(NamedTuple):
         shape: Whole shape, before it is split over ranks; `[out, in]` for a matrix.
         split: The dimension that tensor ranks share; None if each has it whole.
         expert: 0-based routed expert that it belongs to; the expert-tensor ranks split it then.
+        host: Whether it lies in host memory, and no device holds or trains it.
     """
 
     name: str
     shape: tuple[int, ...]
     split: int | None = None
     expert: int | None = None
+    host: bool = False
 
 
 Tensors = Iterator[PieceTensor]

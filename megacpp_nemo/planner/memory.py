@@ -19,7 +19,8 @@ from megacpp_nemo.contract.recipe import HybridRecipe
 from megacpp_nemo.planner.activations import stage_activations
 from megacpp_nemo.planner.buffers import Buffer, buffers_of, piece_sizes
 from megacpp_nemo.planner.pieces import Piece
-from megacpp_nemo.planner.saved import element_bytes
+from megacpp_nemo.planner.pipeline import micro_batches
+from megacpp_nemo.planner.saved import element_bytes, host_rows
 from megacpp_nemo.planner.sharding import stage_pieces
 
 GRADIENT_BYTES = MASTER_BYTES = 4
@@ -33,12 +34,15 @@ class RankMemory:
     Args:
         stage: 0-based pipeline stage.
         weights_bytes: Parameters, padding of their buffers included.
-        gradients_bytes: Gradient buffers.
+        gradients_bytes: Gradient buffers; and, of n-gram tables in host memory, the gradients of
+            the rows that a step reads, at most.
         optimizer_bytes: Masters and moments; under the distributed optimizer at most so much, as
             the padding between parameters, which needs none, may lie in another rank's part.
         activations_bytes: What is kept for backward passes, of all micro-batches held at once.
         logits_bytes: Logits and loss over the vocabulary, of the last stage.
         tables_bytes: N-gram tables' part of the weights.
+        host_bytes: Of host memory, n-gram tables that lie and are trained there: fp32 weights,
+            gradients and moments, whole on every data-parallel rank.
     """
 
     stage: int
@@ -48,10 +52,11 @@ class RankMemory:
     activations_bytes: int
     logits_bytes: int
     tables_bytes: int
+    host_bytes: int
 
     @property
     def total_bytes(self) -> int:
-        """All of it; the tables are among the weights."""
+        """All of it on the device; the tables are among the weights."""
         return (
             self.weights_bytes
             + self.gradients_bytes
@@ -70,6 +75,7 @@ class RankMemory:
             "activations_bytes": self.activations_bytes,
             "logits_bytes": self.logits_bytes,
             "tables_bytes": self.tables_bytes,
+            "host_bytes": self.host_bytes,
             "total_bytes": self.total_bytes,
         }
 
@@ -121,12 +127,28 @@ def _memory(
     return RankMemory(
         stage=stage,
         weights_bytes=elements * width,
-        gradients_bytes=elements * GRADIENT_BYTES,
+        gradients_bytes=elements * GRADIENT_BYTES + _gradients_of_rows(recipe),
         optimizer_bytes=sum(optimizer_bytes(recipe, buffer) for buffer in buffers),
         activations_bytes=kept.layers + kept.working,
         logits_bytes=kept.logits,
         tables_bytes=tables * width,
+        host_bytes=_host_bytes(recipe),
     )
+
+
+def _host_bytes(recipe: HybridRecipe) -> int:
+    """Return what n-gram tables in host memory take there, on one rank of the first stage."""
+    ngram = recipe.model.embedding.ngram
+    if not recipe.features.ngram_hash or ngram.placement != "host":
+        return 0
+    part = ngram.dim // recipe.parallelism.tensor_model_parallel_size
+    return sum(ngram.table_sizes) * part * (MASTER_BYTES + GRADIENT_BYTES + MOMENTS_BYTES)
+
+
+def _gradients_of_rows(recipe: HybridRecipe) -> int:
+    """Return what the gradients of rows in host memory take on the device till a step, at most."""
+    part = recipe.model.embedding.ngram.dim // recipe.parallelism.tensor_model_parallel_size
+    return micro_batches(recipe) * host_rows(recipe) * part * element_bytes(recipe)
 
 
 def optimizer_bytes(recipe: HybridRecipe, buffer: Buffer) -> int:

@@ -19,12 +19,12 @@ def parameters(recipe: HybridRecipe) -> tuple[Parameter, ...]:
     return tuple(
         classify(
             # As a rank that has every expert names it.
-            piece.prefix + name.replace("mlp.experts.", "mlp.experts.local_experts."),
-            shape,
+            piece.prefix + tensor.name.replace("mlp.experts.", "mlp.experts.local_experts."),
+            tensor.shape,
             layers=recipe.layers,
             model=recipe.model,
             mamba=recipe.features.mamba,
         )
         for piece in pieces(recipe)
-        for name, shape, _, _ in piece_tensors(recipe, piece)
+        for tensor in piece_tensors(recipe, piece)
     )

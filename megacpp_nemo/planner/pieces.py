@@ -17,7 +17,7 @@ class Role(str, enum.Enum):
     """What a piece does."""
 
     EMBEDDING = "embedding"
-    EMBEDDING_COPY = "copy of the token embedding"
+    EMBEDDING_COPY = "copy of the embedding"
     LAYER = "layer"
     FINAL_NORM = "final norm"
     HEAD = "output head"

@@ -13,7 +13,8 @@ from typing import Any
 from megacpp_nemo.contract.recipe import HybridRecipe
 from megacpp_nemo.planner.balance import segmented
 from megacpp_nemo.planner.census import Census
-from megacpp_nemo.planner.communication import Volume, volumes
+from megacpp_nemo.planner.collectives import Volume
+from megacpp_nemo.planner.communication import volumes
 from megacpp_nemo.planner.costs import Cost, operations
 from megacpp_nemo.planner.counts import counts
 from megacpp_nemo.planner.fit import check_share, with_recompute

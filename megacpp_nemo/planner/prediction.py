@@ -27,8 +27,9 @@ from megacpp_nemo.planner.collectives import (
     TENSOR,
     TENSOR_CONTEXT,
     TENSOR_EXPERT,
+    ring_bytes,
 )
-from megacpp_nemo.planner.communication import group_ranks, ring_bytes
+from megacpp_nemo.planner.communication import group_ranks
 from megacpp_nemo.planner.exchanges import of_layer, outside_layers
 from megacpp_nemo.planner.flops import forward_flops, training_flops
 from megacpp_nemo.planner.gpus import Gpu, PlanError

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from megacpp_nemo.contract.errors import lookup
 from megacpp_nemo.contract.parallelism import RECOMPUTE
 from megacpp_nemo.contract.recipe import HybridRecipe
+from megacpp_nemo.contract.structure import structure_channels
 from megacpp_nemo.contract.training import Precision
 
 KERNELS = ("portable", "fused")
@@ -86,6 +87,34 @@ def recompute_of(recipe: HybridRecipe, given: str | None) -> str:
 def element_bytes(recipe: HybridRecipe) -> int:
     """Return the bytes of one weight or activation."""
     return 4 if recipe.precision is Precision.FP32 else 2
+
+
+def input_side(room: Room) -> Saved:
+    """Return what one reading of the input side keeps: rows of tables, and what they hold."""
+    kept = {"tokens": room.tokens * INDEX}
+    embedding, features = room.recipe.model.embedding, room.recipe.features
+    if features.ngram_hash:
+        tables = len(embedding.ngram.table_sizes)
+        held = embedding.ngram.dim // room.tensor * room.width
+        # Of each table the row, whether there is an n-gram, and the rank's part of what is read.
+        kept["n-grams"] = room.tokens * tables * (INDEX + 1 + held)
+        kept["n-grams' rows"] = host_rows(room.recipe) * held
+    if features.structure:
+        channels = len(structure_channels(features.structure))
+        bottleneck = embedding.structure.bottleneck * room.width
+        # Each channel's, and their sum.
+        held = room.residual * (channels + 1) * bottleneck
+        kept["structure"] = room.tokens * channels * INDEX + held
+    return kept
+
+
+def host_rows(recipe: HybridRecipe) -> int:
+    """Return the rows of n-gram tables in host memory that a micro-batch moves, at most."""
+    ngram = recipe.model.embedding.ngram
+    if not recipe.features.ngram_hash or ngram.placement != "host":
+        return 0
+    tokens = recipe.batch.micro_batch_size * recipe.model.seq_length
+    return min(tokens * len(ngram.table_sizes), sum(ngram.table_sizes))
 
 
 def norm(room: Room, *, size: int | None = None, tokens: int | None = None) -> int:

@@ -2,7 +2,7 @@
 
 All ranks of a pipeline stage hold as much as the first of its tensor and expert groups, whose
 parameters these are: the first experts, the first rows. Data, context and sequence parallelism
-split no parameters.
+split no parameters. N-gram tables in host memory are on no device, and left out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from math import prod
 from megacpp_nemo.contract.errors import RecipeError
 from megacpp_nemo.contract.recipe import HybridRecipe
 from megacpp_nemo.planner.pieces import Piece, Role, pieces
-from megacpp_nemo.planner.tensors import piece_tensors, word_embedding
+from megacpp_nemo.planner.tensors import piece_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +50,8 @@ class RankParameter:
 def rank_parameters(recipe: HybridRecipe, stage: int) -> tuple[RankParameter, ...]:
     """Return the parameters of a rank of a pipeline stage, those of all its virtual chunks.
 
-    On the last of several stages, prediction depths keep a copy of the token embedding, which
-    comes first.
+    On the last of several stages, prediction depths keep a copy of the embedding, which comes
+    first.
 
     Args:
         recipe: What is trained.
@@ -87,7 +87,7 @@ def stage_pieces(recipe: HybridRecipe, stage: int) -> tuple[Piece, ...]:
 
 
 def embedding_copy(recipe: HybridRecipe) -> Piece | None:
-    """Return the token embedding that prediction depths keep on the last of several stages.
+    """Return the embedding that prediction depths keep on the last of several stages.
 
     It is no piece of the model: what is summed over `pieces` counts the embedding once.
     """
@@ -105,18 +105,17 @@ def embedding_copy(recipe: HybridRecipe) -> Piece | None:
 
 
 def piece_on_rank(recipe: HybridRecipe, piece: Piece) -> Iterator[RankParameter]:
-    """Yield what a rank holds of a piece.
+    """Yield what a rank holds of a piece on its device.
 
     Raises:
         RecipeError: If no rule says what parameters the piece has.
     """
     parallelism = recipe.parallelism
     experts = recipe.model.experts.num_experts // parallelism.expert_model_parallel_size
-    copied = piece.role is Role.EMBEDDING_COPY
-    for tensor in (word_embedding(recipe),) if copied else piece_tensors(recipe, piece):
+    for tensor in piece_tensors(recipe, piece):
         routed = tensor.expert is not None
         ranks = parallelism.expert_tensor_size if routed else parallelism.tensor_model_parallel_size
-        if tensor.expert is None or tensor.expert < experts:
+        if not tensor.host and (tensor.expert is None or tensor.expert < experts):
             yield RankParameter(
                 piece.prefix + tensor.name,
                 piece,

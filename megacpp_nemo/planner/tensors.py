@@ -36,33 +36,27 @@ def padded_vocabulary(recipe: HybridRecipe) -> int:
     return -(-embedding.vocab_size // step) * step
 
 
-def word_embedding(recipe: HybridRecipe) -> PieceTensor:
-    """Return the token embedding, which prediction depths keep a copy of on the last stage."""
-    shape = (padded_vocabulary(recipe), recipe.model.hidden_size)
-    return PieceTensor("word_embeddings.weight", shape, ROWS)
-
-
 def _embedding(recipe: HybridRecipe) -> Tensors:
-    """Yield the input side: tokens, n-gram memory and structure channels.
+    """Yield the input side: structure channels, n-gram memory and tokens.
 
-    The n-gram tables are one stack, split by its width: every rank holds a part of every row,
-    whatever the primes are, and out_proj, split by its columns, makes a partial sum that joins
-    the token embedding's. The structure channels are small, and whole on every rank.
+    Prediction depths keep a copy of it all on the last of several stages. The n-gram tables are
+    one stack, split by its width: every rank holds a part of every row, whatever the primes are,
+    and the columns of out_proj that read it. The structure channels are small, and whole on every
+    rank.
     """
     hidden, embedding = recipe.model.hidden_size, recipe.model.embedding
-    yield word_embedding(recipe)
+    if recipe.features.structure:
+        sizes = embedding.structure.table_sizes(recipe.features.structure)
+        width = embedding.structure.bottleneck
+        yield PieceTensor("structure.scale", (len(sizes),))
+        yield PieceTensor("structure.table.weight", (sum(sizes), width))
+        yield PieceTensor("structure.up_proj.weight", (hidden, width))
     if recipe.features.ngram_hash:
         sizes, dim = embedding.ngram.table_sizes, embedding.ngram.dim
-        yield PieceTensor("ngram_hash.table.weight", (sum(sizes), dim), COLUMNS)
+        host = embedding.ngram.placement == "host"
+        yield PieceTensor("ngram_hash.table.weight", (sum(sizes), dim), COLUMNS, host=host)
         yield PieceTensor("ngram_hash.out_proj.weight", (hidden, len(sizes) * dim), COLUMNS)
-    if recipe.features.structure:
-        sizes, width = (
-            embedding.structure.table_sizes(recipe.features.structure),
-            embedding.structure,
-        )
-        yield PieceTensor("structure.scale", (len(sizes),))
-        yield PieceTensor("structure.table.weight", (sum(sizes), width.bottleneck))
-        yield PieceTensor("structure.up_proj.weight", (hidden, width.bottleneck))
+    yield PieceTensor("word_embeddings.weight", (padded_vocabulary(recipe), hidden), ROWS)
 
 
 def _norm(recipe: HybridRecipe) -> Tensors:
@@ -82,6 +76,7 @@ def _depth_entry(recipe: HybridRecipe) -> Tensors:
 
 _OUTSIDE: dict[Role, Callable[[HybridRecipe], Tensors]] = {
     Role.EMBEDDING: _embedding,
+    Role.EMBEDDING_COPY: _embedding,
     Role.FINAL_NORM: _norm,
     Role.HEAD: _head,
     Role.DEPTH_ENTRY: _depth_entry,

@@ -6,6 +6,7 @@ from megacpp_nemo.contract.errors import MegaCppError
 from megacpp_nemo.contract.families import describe
 from megacpp_nemo.contract.families import recipe as named
 from megacpp_nemo.contract.recipe import HybridRecipe
+from megacpp_nemo.lowering.seams import NEMO_ONLY
 from megacpp_nemo.report.numbers import count, size, work
 from megacpp_nemo.report.subject import Subject
 from megacpp_nemo.report.tables import Figure
@@ -87,7 +88,7 @@ def _seams(subject: Subject) -> dict[str, str]:
         return {"value": "unknown", "note": "refused for this release"}
     seams = subject.lowering.seams
     missing = sum(not seam.built for seam in seams)
-    built = f"{missing} not built yet" if missing else "all built"
+    built = f"{missing} {NEMO_ONLY}" if missing else "all built"
     return {"value": str(len(seams)), "note": built if seams else "the release owns it whole"}
 
 

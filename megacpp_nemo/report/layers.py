@@ -57,7 +57,8 @@ def _details(cell: Cell, kept_bytes: int) -> list[tuple[str, str]]:
     if cell.owned:
         found.append(("owner", cell.owned))
     if cell.seam:
-        found.append(("built by", cell.seam.owner.removeprefix("megacpp_nemo.")))
+        owner = cell.seam.nemo_owner or cell.seam.owner
+        found.append(("built by", owner.removeprefix("megacpp_nemo.")))
     cost = cell.cost
     found += [
         ("pipeline", cell.stage),

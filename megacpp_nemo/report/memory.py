@@ -80,6 +80,8 @@ def _table(ranks: Sequence[RankMemory]) -> Table:
     ]
     tables = max(rank.tables_bytes for rank in ranks)
     within = f" Of the weights, up to {size(tables)} are n-gram tables." if tables else ""
+    if host := max(rank.host_bytes for rank in ranks):
+        within = f" N-gram tables are trained in host memory: {size(host)} a process."
     return Table(
         caption="What a rank of each stage holds",
         head=("rank of", *PARTS, "all"),

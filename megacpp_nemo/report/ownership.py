@@ -10,8 +10,8 @@ from megacpp_nemo.cli.lowering_report import covers, summary
 from megacpp_nemo.cli.script import launch
 from megacpp_nemo.contract.errors import MegaCppError
 from megacpp_nemo.lowering.lower import Lowering
-from megacpp_nemo.lowering.seams import Kind, Seam
-from megacpp_nemo.report.picture import MARKS, UNBUILT
+from megacpp_nemo.lowering.seams import NEMO_ONLY, Seam
+from megacpp_nemo.report.picture import MARKS
 from megacpp_nemo.report.subject import Subject
 from megacpp_nemo.report.tables import Table
 
@@ -85,7 +85,7 @@ def _seam(seam: Seam, mark: str, lowering: Lowering) -> dict[str, Any]:
         "id": seam.id,
         "what": seam.what,
         "built": seam.built,
-        "state": "built" if seam.built else UNBUILT,
+        "state": "built" if seam.built else NEMO_ONLY,
         "facts": list(_facts(seam, lowering)),
     }
 
@@ -95,8 +95,9 @@ def _facts(seam: Seam, lowering: Lowering) -> Iterator[tuple[str, str, bool]]:
     where = covers(seam, lowering)
     yield "layers" if seam.layers else "where", where, False
     yield "why it is ours", seam.reason, False
-    owner = "owner" if seam.built or seam.kind is Kind.CALLBACK else "refused by"
-    yield owner, seam.owner, True
+    if seam.nemo_owner:
+        yield "owner in a NeMo run", seam.nemo_owner, True
+    yield "owner" if seam.built else "refused by", seam.owner, True
     native = f"from {seam.native_since}" if seam.native_since else "in no release"
     yield "Megatron's own", native, False
     yield "graduates with", seam.graduates, False

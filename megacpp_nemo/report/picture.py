@@ -11,7 +11,7 @@ from megacpp_nemo.lowering.lower import Lowering
 from megacpp_nemo.lowering.plan import NATIVE
 from megacpp_nemo.lowering.roles import Role as LayerRole
 from megacpp_nemo.lowering.roles import role_of
-from megacpp_nemo.lowering.seams import Seam
+from megacpp_nemo.lowering.seams import NEMO_ONLY, Seam
 from megacpp_nemo.planner.costs import Cost, operations
 from megacpp_nemo.planner.counts import counts
 from megacpp_nemo.planner.pieces import Piece, Role, pieces
@@ -23,7 +23,6 @@ LETTERS = {Role.EMBEDDING: "in", Role.HEAD: "out", Role.DEPTH_ENTRY: "+"}
 IN_EMBEDDING = ("ngram-hash", "structure")
 MOST_IN_A_ROW = 26
 # Of a seam that the release's script cannot be given; a NeMo run may have it.
-UNBUILT = "not on Megatron's command line yet"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +70,7 @@ class Cell:
         """Whose it is in words; empty where no release has been asked."""
         if self.seam is None:
             return self.owner
-        return f"seam {self.seam.id}" + ("" if self.seam.built else ", not built")
+        return f"seam {self.seam.id}" + ("" if self.seam.built else f", {NEMO_ONLY}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megacpp_nemo.lowering.seams import NEMO_ONLY
 from megacpp_nemo.report.colors import LIGHT, paint_of
 from megacpp_nemo.report.numbers import count, share, size, work
-from megacpp_nemo.report.picture import UNBUILT, Picture, by_letter
+from megacpp_nemo.report.picture import Picture, by_letter
 from megacpp_nemo.report.svg_shapes import GREY, frame, text
 
 STEP, SWATCH = 26, (28, 20)
@@ -57,7 +58,7 @@ def _families(picture: Picture) -> Iterator[str]:
 
 def _seams(picture: Picture) -> Iterator[str]:
     for mark, seam in picture.seams.items():
-        built = "" if seam.built else f"; {UNBUILT}, so dashed"
+        built = "" if seam.built else f"; {NEMO_ONLY}, so dashed"
         drawn = frame(1, 1, SWATCH[0] - 2, SWATCH[1] - 2, fill=LIGHT, seam=seam)
         yield _swatch(mark, "#111111", drawn) + text(
             WORDS, 15, f"seam {seam.id}: {seam.what}{built}"

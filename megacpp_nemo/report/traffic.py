@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megacpp_nemo.planner.communication import Volume
+from megacpp_nemo.planner.collectives import Volume
 from megacpp_nemo.planner.pipeline import Pipeline
 from megacpp_nemo.planner.plan import Plan
 from megacpp_nemo.report.numbers import share, size, work

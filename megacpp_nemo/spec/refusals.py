@@ -43,7 +43,7 @@ class Reason(NamedTuple):
 
 
 class Unbuilt(NamedTuple):
-    """What the name can carry and nobody builds on Megatron's command line yet.
+    """What the name can carry and only a NeMo run has yet.
 
     Args:
         asked: Fields that ask for it, wherever they hold something.
@@ -62,13 +62,15 @@ _UNBUILT: tuple[Unbuilt, ...] = (
     Unbuilt(
         ("features.ngram_hash",),
         "model.embedding.ngram.",
-        "the hashed n-gram memory",
+        "the hashed n-gram memory, which only the NeMo recipe builds: a spec is of the stack, "
+        "which gets no tokens",
         "features.ngram_hash=false",
     ),
     Unbuilt(
         ("features.structure",),
         "model.embedding.structure.",
-        "the code-structure channels",
+        "the code-structure channels, which only the NeMo recipe builds: Megatron's batches have "
+        "none",
         "features.structure=null",
     ),
     Unbuilt(

@@ -27,6 +27,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sparse_attention": {"sparse_attention": True, "sparse_attention.indexer_topk": 4},
     "prediction_depth": {"model.mtp.num_layers": 1},
     "author_mamba": {"mamba": "author"},
+    "input_side": {
+        "ngram_hash": True,
+        "model.embedding.ngram.table_size": 100,
+        "structure": "core",
+    },
     "bf16": {"precision": "bf16"},
 }
 

@@ -28,7 +28,7 @@ def test_the_strip_shows_letters_owners_and_costs(megacpp):
     assert flops.endswith("FLOPs")
     assert weights[5 + 1] == "█"
     assert "3 seam m2rnn: M2RNN, the recurrent matrix-state block" in result.out
-    assert "the hashed n-gram memory, not on Megatron's command line yet" in result.out
+    assert "the hashed n-gram memory, in a NeMo run only" in result.out
     assert "D: A layers that DSA takes, A-ranks 1-3, 5-7, 9-11" in result.out
 
 

@@ -22,9 +22,7 @@ from tests.cli.conftest import Result, megacpp  # noqa: F401
 from tests.launch.kubernetes_cluster import Cluster
 
 NEEDED = ("--set", "container_image=IMAGE", "--set", "workdir_pvc=jobs")
-FULL = (
-    "nam52", "ngram_hash=false", "--profile", "h200x16", "--executor", "kubernetes", *NEEDED
-)  # fmt: skip
+FULL = ("nam52", "--profile", "h200x16", "--executor", "kubernetes", *NEEDED)
 SMALL = ("nam56r_tiny", "--profile", "cpux2", "--executor", "kubernetes", *NEEDED)
 NODE = {"targetJobs": [{"name": "node"}]}
 

@@ -24,7 +24,7 @@ from tests.support.training import small_recipe, write_sources
 
 Command = Callable[..., Result]
 NEMO = ("nam56r_tiny", "--profile", "cpux2", "--executor")
-FULL = ("nam52", "ngram_hash=false", "--profile", "h200x16", "--executor")
+FULL = ("nam52", "--profile", "h200x16", "--executor")
 
 # Each rank says where it is and fails or waits, as the name of a variable says.
 ENTRY = """\
@@ -87,7 +87,7 @@ def test_torchrun_has_the_profiles_processes(dry):
 
 
 def test_docker_has_its_image_gpus_and_environment(dry):
-    told = dry("nam52", "ngram_hash=false", "--profile", "h200x8", "--executor", "docker",
+    told = dry("nam52", "--profile", "h200x8", "--executor", "docker",
                "--set", "container_image=IMAGE", "--set", "volumes=/data:/data")  # fmt: skip
     command = joined(told["command"])
     assert command.startswith("docker run --rm --name nam52-ID-nam52 --network host")
@@ -121,8 +121,8 @@ def test_slurm_has_its_flags_nodes_ranks_and_environment(dry):
 
 
 def test_slurm_runs_the_lowered_command_as_a_script(dry):
-    told = dry(*FULL, "slurm", *SLURM, "--as", "megatron", "--release", "0.19.0",
-               "--megatron-root", "/opt/Megatron-LM")  # fmt: skip
+    told = dry(*FULL, "slurm", *SLURM, "ngram_hash=false", "--as", "megatron",
+               "--release", "0.19.0", "--megatron-root", "/opt/Megatron-LM")  # fmt: skip
     script = told["scripts"]["nam52.sh"]
     assert "exec python /opt/Megatron-LM/pretrain_hybrid.py" in script
     assert "export CUDA_DEVICE_MAX_CONNECTIONS=1" in script
@@ -173,7 +173,7 @@ def test_a_dry_run_is_told_in_words_and_leaves_nothing(megacpp, tmp_path):  # no
          "trainer.max_steps"),
         ("nam56r_tiny --executor torchrun --detach", 3, "The processes of the executor torchrun",
          "no --detach"),
-        ("nam52 ngram_hash=false --executor docker --set container_image=I --dryrun --profile "
+        ("nam52 --executor docker --set container_image=I --dryrun --profile "
          "h200x8_pp2", 3, "The model asks for what is not built here", "virtual_pipeline"),
     ],
 )  # fmt: skip
@@ -215,7 +215,7 @@ def test_without_data_a_full_size_recipe_does_not_start(megacpp, tmp_path, monke
     (tmp_path / "sbatch").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    words = "nam52 ngram_hash=false --profile h200x8 --executor slurm --set account=ME"
+    words = "nam52 --profile h200x8 --executor slurm --set account=ME"
     result = megacpp("launch", *words.split())
     assert result.code == 3
     assert "try:     files.data_path=PREFIX files.tokenizer_dir=FOLDER" in result.err

@@ -56,7 +56,7 @@ def test_a_lever_is_one_seam_and_the_spec_carries_all_of_it_and_nothing_else(lev
     lowering = lowered(lever)
     (seam,) = lowering.seams
     assert (seam.id, seam.kind, seam.built) == (lever, Kind.CALLBACK, False)
-    assert seam.owner == f"megacpp_nemo.callbacks.{lever}"
+    assert seam.nemo_owner == f"megacpp_nemo.callbacks.{lever}"
     name = spec_of(lowering)
     assert not any(layer.custom for layer in name.layers)
     made = recipe("nam52", changes={**NATIVE, **ON[lever]})
@@ -67,7 +67,7 @@ def test_a_lever_is_one_seam_and_the_spec_carries_all_of_it_and_nothing_else(lev
             assert setting.owner is Owner.SPEC
             assert setting.carried.startswith(f"{setting.field}=")
     (item,) = [item for item in lowering.open if item.settle == seam.off]
-    assert item.what == f"{seam.what} acts in a NeMo run only: the spec refuses it"
+    assert item.what == f"{seam.what} works in a NeMo run only: the spec refuses it"
 
 
 def test_a_lever_changes_the_spec_and_no_flag():

@@ -262,8 +262,25 @@ def test_stages_can_be_forced_to_have_or_lack_the_ends():
 
 
 def test_what_no_layer_carries_out_is_refused_when_the_model_is_built():
-    config = small_config("AM", ngram_hash=True)
-    with pytest.raises(RuntimeRefusal, match="n-gram memory"):
+    config = small_config("AG")
+    with pytest.raises(RuntimeRefusal, match="gated_delta_net"):
+        config.configure_model(TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({}, "recurrent layers"),
+        ({"ngram_hash": True}, "recurrent layers and an n-gram memory"),
+        (
+            {"ngram_hash": True, "structure": "core"},
+            "recurrent layers, an n-gram memory and structure channels",
+        ),
+    ],
+)
+def test_context_parallelism_is_refused_by_what_reads_whole_rows(changes, named):
+    config = small_config("AE", context_parallel_size=2, **changes)
+    with pytest.raises(RuntimeRefusal, match=f" {named} under context parallelism"):
         config.configure_model(TOKENIZER)
 
 

@@ -17,6 +17,7 @@ from megacpp_nemo.contract.errors import RuntimeRefusal
 from megacpp_nemo.contract.families import recipe
 from megacpp_nemo.host.cpu import CUDA_FUSIONS
 from megacpp_nemo.model import generation
+from megacpp_nemo.model.documents import DocumentBoundaries
 from megacpp_nemo.model.generation import forward, generate
 from megacpp_nemo.model.generation_state import GenerationState, enter
 from megacpp_nemo.model.mamba import FusedMambaMixer
@@ -25,6 +26,7 @@ from megacpp_nemo.recipes.build import model_config
 from tests.model.building import (
     VOCABULARY,
     assert_near,
+    boundaries_of,
     build_model,
     random_tokens,
     run_model,
@@ -57,6 +59,7 @@ MODELS = {
     "recurrent": ("RER", {}),
     "author_mamba": ("MEM", AUTHOR),
     "author_mamba_siso": ("MEM", {**AUTHOR, "author_mamba_mimo_rank": 1}),
+    "inputs": ("AMR", {"ngram_hash": True, "ngram_table_size": 60, "ngram_orders": (2, 4)}),
     "nam56r": ("AEMEAEMEAEMR", {}),
     "nam56r_author_sparse": ("AEMEAEMEAEMR", {**AUTHOR, **SPARSE, "dsa_a_ranks": (1,)}),
 }
@@ -124,6 +127,35 @@ def test_uneven_pieces_equal_the_whole(name: str) -> None:
     expected = run_model(model, tokens)
     for pieces in ([75], [37, 1, 2, 35], [2, 1, 1, 71]):
         assert_near(by_pieces(model, tokens, pieces)[0], expected)
+
+
+@pytest.mark.parametrize("pieces", [[40], [1] * 40, [5, 1, 2, 32]])
+def test_n_grams_stop_at_the_end_of_a_document_in_a_prompt(pieces: list[int]) -> None:
+    inputs = {**MODELS["inputs"][1], "structure": "core", "reset_state": False}
+    model, tokens, end = built("AM", **inputs), random_tokens(2, 40), 7
+    tokens[tokens == end] += 1
+    tokens[0, [4, 5, 20]], tokens[1, 6] = end, end
+    documents = DocumentBoundaries.from_ids(
+        torch.tensor([[0] * 5 + [1] + [2] * 15 + [3] * 19, [0] * 7 + [1] * 33])
+    )
+    state = GenerationState(batch_size=2, max_tokens=40, all_logits=True, end_id=end)
+    found = [forward(model, piece, state) for piece in tokens.split(pieces, dim=1)]
+    assert_near(torch.cat(found, 1), run_model(model, tokens, documents))
+    # The memory looks back at three tokens, which are all that it carries.
+    assert state.carried_elements()[0] == 2 * 3
+    assert not torch.equal(run_model(model, tokens, documents), run_model(model, tokens))
+
+
+def test_a_prompt_of_two_documents_is_read_as_two() -> None:
+    inputs = {**MODELS["inputs"][1], "reset_state": False}
+    model, end = built("M", **inputs), 7
+    tokens = torch.tensor([[3, 9, end, 4, 11, 2]])
+    logs = run_model(model, tokens, boundaries_of([3, 3]))[:, -1].log_softmax(-1)
+    likely = generate(model, tokens, max_new_tokens=1, end_id=end)
+    assert likely.tokens == [[logs.argmax().item()]]
+    assert likely.log_probabilities[0] == pytest.approx([logs.max().item()], abs=1e-5)
+    across = generate(model, tokens, max_new_tokens=1)
+    assert across.log_probabilities[0] != pytest.approx(likely.log_probabilities[0], abs=1e-5)
 
 
 def test_only_the_last_tokens_logits_are_computed_unless_all_are_asked_for() -> None:

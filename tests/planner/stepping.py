@@ -27,6 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megacpp_nemo.contract import HybridRecipe, Precision
 from megacpp_nemo.host import compat
+from megacpp_nemo.model.host_optimizer import with_host_tables
+from megacpp_nemo.model.tied import with_copies
 from megacpp_nemo.planner.pipeline import micro_batches
 from tests.planner.building import build_stage
 from tests.planner.kept import groups_of, settings_of
@@ -55,7 +57,8 @@ def wrapped(intent: HybridRecipe, **settings: Any) -> Iterator[tuple[Any, Any]]:
                 params_dtype=torch.bfloat16 if half else torch.float32,
                 use_distributed_optimizer=layout.use_distributed_optimizer,
             )
-            yield model, get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
+            made = get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
+            yield model, with_host_tables(made, config, [model])
         finally:
             destroy_num_microbatches_calculator()
 
@@ -80,7 +83,7 @@ def step(intent: HybridRecipe, model: Any, optimizer: Any) -> None:
     positions = torch.arange(length).expand(shape)
     draw = torch.Generator().manual_seed(parallel_state.get_data_parallel_rank())
     config = get_model_config(model)
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = with_copies(finalize_model_grads)
     config.grad_scale_func = optimizer.scale_loss
 
     def loss_of(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

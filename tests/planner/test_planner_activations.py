@@ -20,6 +20,7 @@ from tests.support.processes import in_process, in_processes
 # Asked for are 10%; what the formulas leave out is a few bytes per head.
 TOLERANCE = 0.02
 AUTHOR = {"features__mamba": "author"}
+INPUTS = {"features__ngram_hash": True, "features__structure": "all"}
 PLAIN = {"features__latent_attention": False, "features__experts": False}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "every family": ("AEMR", {}),
@@ -47,6 +48,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Mamba-3 of rank 1": ("M", {**AUTHOR, "model__author_mamba__mimo_rank": 1}),
     "Mamba-2, a head to a group": ("M", {"model__mamba__num_groups": 4}),
     "Mamba-2, rows that fill no chunk": ("M", {"model__seq_length": 80}),
+    "n-gram memory": ("A", {"features__ngram_hash": True}),
+    "structure channels": ("A", {"features__structure": "core"}),
+    "input side in bf16": ("A", {**INPUTS, "precision": "bf16"}),
+    "prediction depths that read it": ("A", {**INPUTS, "model__mtp__num_layers": 2}),
     "prediction depths": ("AE", {"model__mtp__num_layers": 2}),
     "prediction depths in bf16": ("MM", {"model__mtp__num_layers": 1, "precision": "bf16"}),
 }
@@ -98,11 +103,23 @@ def test_layers_keep_what_is_planned(case: str, counted: Any) -> None:
     assert_near(planned(small(pattern, **changes)), counted[case], TOLERANCE)
 
 
+def test_tables_in_host_memory_keep_the_rows_they_move_besides() -> None:
+    changes = {"features__ngram_hash": True, "model__embedding__ngram__placement": "host"}
+    device, host = (small("A", **given) for given in ({"features__ngram_hash": True}, changes))
+    found = in_process(lambda: kept_bytes(host))
+    plan = planned(device)
+    assert_near(plan, found, TOLERANCE)
+    # Autograd has no need of them: they are the leaf that its gradient is left in.
+    tokens, tables, width = 2 * 96, 16, 16 * 4
+    assert planned(host)[OUTSIDE] - plan[OUTSIDE] == tokens * tables * width
+
+
 @pytest.mark.two_process
-@pytest.mark.parametrize("case", ["tensor", "tensor in bf16", "expert"])
+@pytest.mark.parametrize("case", ["tensor", "tensor, input side", "tensor in bf16", "expert"])
 def test_split_layers_keep_what_is_planned(case: str) -> None:
     pattern, changes = {
         "tensor": ("AEMRD", TENSOR),
+        "tensor, input side": ("M", {**TENSOR, **INPUTS}),
         "tensor in bf16": ("AEMR", {**TENSOR, "precision": "bf16"}),
         "expert": (
             "E",

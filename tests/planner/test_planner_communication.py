@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from megacpp_nemo.contract import HybridRecipe, RecipeError, recipe
-from megacpp_nemo.planner.communication import Volume, group_ranks, ring_bytes, volumes
+from megacpp_nemo.planner.collectives import Volume, ring_bytes
+from megacpp_nemo.planner.communication import group_ranks, volumes
 from tests.planner.kept import small
 from tests.support.processes import in_processes
 
@@ -19,6 +20,7 @@ TENSOR = {
 }
 EXPERT = {**TWO, "parallelism__expert_model_parallel_size": 2}
 PIPELINE = {**TWO, "parallelism__pipeline_model_parallel_size": 2}
+INPUTS = {"features__ngram_hash": True, "features__structure": "all"}
 PLAIN = {"features__latent_attention": False, "features__experts": False}
 ALLGATHER = {"moe_token_dispatcher_type": "allgather"}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -28,6 +30,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "tensor without sequence": (
         "AER",
         {**TENSOR, **PLAIN, "parallelism__sequence_parallel": False},
+        {},
+    ),
+    "tensor, input side": ("M", {**TENSOR, **INPUTS, "model__mtp__num_layers": 1}, {}),
+    "tensor without sequence, input side": (
+        "A",
+        {**TENSOR, **PLAIN, **INPUTS, "parallelism__sequence_parallel": False},
         {},
     ),
     "tensor, prediction depth": ("M", {**TENSOR, "model__mtp__num_layers": 1}, {}),
@@ -47,6 +55,17 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {},
     ),
     "pipeline, prediction depth": ("AE|MR", {**PIPELINE, "model__mtp__num_layers": 1}, {}),
+    "pipeline, input side": ("A|M", {**PIPELINE, **INPUTS, "model__mtp__num_layers": 1}, {}),
+    "pipeline, input side, distributed optimizer": (
+        "A|M",
+        {
+            **PIPELINE,
+            **INPUTS,
+            "model__mtp__num_layers": 1,
+            "parallelism__use_distributed_optimizer": True,
+        },
+        {},
+    ),
     "pipeline in bf16": ("A|M", {**PIPELINE, "precision": "bf16"}, {}),
 }
 
@@ -83,6 +102,23 @@ def test_a_step_sends_what_is_planned(case: str) -> None:
         for key, (count, payload) in first["counted"].items()
     }
     assert mean == planned(intent, 0, **choices)
+
+
+@pytest.mark.two_process
+def test_ranks_tell_each_other_the_rows_of_host_tables() -> None:
+    from tests.planner.stepping import collectives
+
+    intent = small("A", **{**TWO, **INPUTS, "model__embedding__ngram__placement": "host"})
+    first, second = in_processes(lambda: collectives(intent), ranks=2)
+    plan = planned(intent, 0)
+    assert first["counted"] == second["counted"]
+    assert first["counted"].keys() == plan.keys()
+    for key, (count, payload) in plan.items():
+        counted, sent = first["counted"][key]
+        assert counted == count
+        # At most, as rows that several n-grams of a micro-batch fall on are sent once.
+        few = key == ("data", "all-gather")
+        assert payload / 4 < sent < payload if few else sent == payload
 
 
 def test_a_ring_sends_its_share() -> None:

@@ -13,7 +13,8 @@ import pytest
 from megacpp_nemo.contract import HybridRecipe, MegaCppError, RecipeError, recipe, with_paths
 from megacpp_nemo.planner.balance import balance
 from megacpp_nemo.planner.census import Census, memory_bytes
-from megacpp_nemo.planner.communication import Volume, volumes
+from megacpp_nemo.planner.collectives import Volume
+from megacpp_nemo.planner.communication import volumes
 from megacpp_nemo.planner.fit import Fit, fit
 from megacpp_nemo.planner.flops import training_flops_per_token
 from megacpp_nemo.planner.gpus import GIB, GPUS, PlanError

@@ -19,10 +19,9 @@ BATCH = 2
 # Mamba-3 multiplies once a row for the state that enters it: 0.04% here.
 TOLERANCE = 2e-3
 BUILT: dict[str, Any] = {
-    "features.ngram_hash": False,
-    "features.structure": None,
     "model.experts.aux_loss_coeff": 0.0,
 }
+INPUTS = {"features.ngram_hash": True, "features.structure": "all"}
 SPARSE = {"features.sparse_attention": True, "model.sparse_attention.a_ranks": ()}
 AUTHOR = {"features.mamba": "author"}
 CASES: dict[str, dict[str, Any]] = {
@@ -53,12 +52,15 @@ CASES: dict[str, dict[str, Any]] = {
         **AUTHOR,
     },
     "sparse attention": {"pattern": "D", "model.seq_length": 128, **SPARSE},
+    "input side": {"pattern": "AE", "model.seq_length": 64, **INPUTS},
 }
+BOTH_WAYS = ("native", "grouped attention, dense MLPs", "gated experts", "input side")
 DEPTHS = {
     "pattern": "A",
     "model.seq_length": 64,
     "model.mtp.num_layers": 2,
     "model.mtp.pattern": "EM",
+    **INPUTS,
 }
 Counted = dict[str, float]
 
@@ -82,7 +84,7 @@ def _counted() -> dict[str, Counted]:
     found = {name: _count(intent_of(changes)) for name, changes in CASES.items()}
     found["sparse attention learns"] = _count(intent_of(CASES["sparse attention"]), trains=True)
     found["prediction depths"] = _count(intent_of(DEPTHS), trains=True)
-    for name in ("native", "grouped attention, dense MLPs", "gated experts"):
+    for name in BOTH_WAYS:
         changes = {**CASES[name], "pattern": "AE"}
         for backward in (False, True):
             found[f"{name}, {backward=}"] = _count(intent_of(changes), True, backward)
@@ -210,7 +212,7 @@ def test_prediction_depths_join_and_predict_for_themselves(counted: dict[str, Co
     assert counts["output_layer"] == pytest.approx(sum(logits), rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("case", ["native", "grouped attention, dense MLPs", "gated experts"])
+@pytest.mark.parametrize("case", BOTH_WAYS)
 def test_a_backward_pass_is_two_forward_passes(case: str, counted: dict[str, Counted]) -> None:
     forward, both = (counted[f"{case}, {backward=}"]["all"] for backward in (False, True))
     assert both == pytest.approx(3 * forward, rel=TOLERANCE)

@@ -21,6 +21,7 @@ TENSOR = {
 }
 EXPERT = {**TWO, "parallelism__expert_model_parallel_size": 2}
 PIPELINE = {**TWO, "parallelism__pipeline_model_parallel_size": 2, "model__mtp__num_layers": 1}
+INPUTS = {"features__ngram_hash": True, "features__structure": "all"}
 SPLIT = {"parallelism__use_distributed_optimizer": True}
 BF16 = {"precision": "bf16"}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -34,6 +35,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "expert": ("AE", {**EXPERT, **BF16}),
     "expert, distributed optimizer": ("AE", {**EXPERT, **SPLIT, **BF16}),
     "pipeline, copied embedding": ("AE|MR", {**PIPELINE, **SPLIT, **BF16}),
+    "pipeline, copied input side": ("A|M", {**PIPELINE, **INPUTS, **SPLIT, **BF16}),
 }
 
 
@@ -99,6 +101,10 @@ FULL: dict[str, tuple[str, dict[str, Any]]] = {
         "nam56r_4096",
         {"pipeline_model_parallel_size": 2, "num_nodes": 2},
     ),
+    "nam56r with structure channels, two stages": (
+        "nam56r",
+        {"features.structure": "all", "pipeline_model_parallel_size": 2},
+    ),
     "nam56r, experts split": ("nam56r", {"parallelism.expert_model_parallel_size": 4}),
     "nam52, three data ranks": (
         "nam52",
@@ -119,7 +125,7 @@ def test_buffers_and_buckets_are_those_of_megatrons_wrapper(case: str) -> None:
     from tests.planner.building import build_stage, rank_of
 
     name, changes = FULL[case]
-    intent = recipe(name, changes={"features.ngram_hash": False, **changes})
+    intent = recipe(name, changes=changes)
 
     def built(stage: int) -> list[tuple[bool, int, tuple[int, ...], int]]:
         with rank_of(intent, stage):
@@ -152,9 +158,9 @@ def test_buckets_are_cut_on_the_first_stage_only() -> None:
     layout = {"pipeline_model_parallel_size": 2}
     first, last = (stage_buffers(recipe("nam56r", changes=layout), stage) for stage in (0, 1))
     assert all(len(buffer.buckets) > 1 for buffer in first)
-    # The depth, the copy of the embedding that it reads, and all else.
-    assert [len(buffer.buckets) for buffer in last] == [3]
-    assert all(bucket >= BUCKET_ELEMENTS for bucket in first[0].buckets[:-2])
+    # The depth, three parts of the copy of the embedding that it reads, and all else.
+    assert [len(buffer.buckets) for buffer in last] == [5]
+    assert all(bucket >= BUCKET_ELEMENTS for bucket in first[0].buckets[:-4])
 
 
 def test_the_parts_add_up() -> None:
@@ -172,6 +178,21 @@ def test_the_parts_add_up() -> None:
     off = rank_memory(recipe("nam56r", changes={"features.ngram_hash": False}))
     assert off.tables_bytes == 0
     assert plan.weights_bytes - off.weights_bytes > plan.tables_bytes
+
+
+def test_tables_in_host_memory_leave_the_device() -> None:
+    placed = {"features.ngram_hash": True, "model.embedding.ngram.placement": "host"}
+    off = rank_memory(recipe("nam56r", changes={"features.ngram_hash": False}))
+    device, host = (rank_memory(recipe("nam56r", changes=change)) for change in ({}, placed))
+    rows = sum(recipe("nam56r").model.embedding.ngram.table_sizes)
+    assert (device.host_bytes, host.tables_bytes) == (0, 0)
+    # Each of 2 tensor ranks: fp32 weight, gradient and two moments of half of every row.
+    assert host.host_bytes == 4 * 4 * rows * 16 // 2
+    # The projection stays, and the gradients of the rows of 4 micro-batches of 4 x 4096 tokens.
+    projection = 256 // 2 * 3584
+    touched = 4 * (4 * 4096) * 16 * 16 // 2 * 2
+    assert host.gradients_bytes - off.gradients_bytes == 4 * projection + touched
+    assert host.total_bytes < device.total_bytes
 
 
 def test_recomputation_and_kernels_change_activations_alone() -> None:

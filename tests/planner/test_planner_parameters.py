@@ -15,6 +15,7 @@ from megacpp_nemo.planner.levers import fire_cost, placement
 from megacpp_nemo.planner.parameters import padded_vocabulary, parameters
 from tests.support.processes import in_process
 
+# What Megatron's command line builds. `test_planner_sharding` has what a NeMo run builds.
 BUILT: dict[str, Any] = {
     "features.sparse_attention": False,
     "features.ngram_hash": False,

@@ -23,8 +23,7 @@ from tests.support.processes import in_processes
 
 # (tensor, pipeline, expert)
 LAYOUTS = tuple(itertools.product((1, 2), (1, 2, 4), (1, 2, 4)))
-# The input side that nothing builds yet.
-BUILT: dict[str, Any] = {"features.ngram_hash": False, "features.structure": None}
+INPUTS: dict[str, Any] = {"features.ngram_hash": True, "features.structure": "all"}
 SMALL: dict[str, Any] = {"pattern": "AEMR", "depth": 8, "model.mtp.num_layers": 2}
 LAYOUT_2_2_2 = (2, 2, 2)
 OTHERS: dict[str, dict[str, Any]] = {
@@ -47,6 +46,13 @@ OTHERS: dict[str, dict[str, Any]] = {
         "model.latent.layernorm": True,
     },
     "stages of different lengths": {**SMALL, "pattern": "AEM|RAEMR"},
+    "n-gram memory": {**SMALL, "features.ngram_hash": True},
+    "n-gram memory on the host": {
+        "features.ngram_hash": True,
+        "model.embedding.ngram.placement": "host",
+    },
+    "structure channels": {**SMALL, "features.structure": "category+ast_depth"},
+    "the whole input side": {**SMALL, **INPUTS},
 }
 
 
@@ -60,14 +66,15 @@ def laid_out(name: str, layout: tuple[int, int, int], changes: Any = None) -> Hy
         "parallelism.devices_per_node": tensor * stages * experts,
         "batch.global_batch_size": 64 * experts,
     }
-    return recipe(name, changes={**BUILT, **sizes, **(changes or {})})
+    return recipe(name, changes={**sizes, **(changes or {})})
 
 
 CASES = {
     **{(name, layout): laid_out(name, layout) for name in RECIPE_NAMES for layout in LAYOUTS},
     **{
-        (name, LAYOUT_2_2_2): laid_out("nam56r_tiny", LAYOUT_2_2_2, changes)
+        (name, layout): laid_out("nam56r_tiny", layout, changes)
         for name, changes in OTHERS.items()
+        for layout in [(2, 1, 2) if "host" in name else LAYOUT_2_2_2]
     },
 }
 Built = dict[Any, list[dict[str, tuple[int, ...]]]]
@@ -209,6 +216,10 @@ def test_prediction_depths_keep_a_copy_of_the_embedding_on_the_last_of_several_s
     assert copies(depths, (1, 2, 1)) == [(1, rows * 128)]
     assert copies(depths, (1, 1, 1)) == []
     assert copies({}, (1, 2, 1)) == []
+    whole = laid_out("nam56r_tiny", (1, 2, 1), {**depths, **INPUTS})
+    kept = [item.whole_count for item in rank_parameters(whole, 0) if "embedding." in item.name]
+    assert copies({**depths, **INPUTS}, (1, 2, 1)) == [(1, count) for count in kept]
+    assert len(kept) == 6
 
 
 def test_virtual_chunks_are_on_the_stage_that_runs_them() -> None:
@@ -224,15 +235,16 @@ def test_virtual_chunks_are_on_the_stage_that_runs_them() -> None:
 
 
 def test_the_n_gram_tables_are_split_by_width_and_the_structure_channels_are_whole() -> None:
-    changes = {"features.ngram_hash": True, "features.structure": "all"}
-    intent = laid_out("nam56r", LAYOUT_2_2_2, changes)
+    intent = laid_out("nam56r", LAYOUT_2_2_2, INPUTS)
     held = {item.name: item for item in rank_parameters(intent, 0)}
     table = held["embedding.ngram_hash.table.weight"]
     assert (table.shape[0], table.shape[1]) == (table.whole_shape[0], 8)
     assert held["embedding.ngram_hash.out_proj.weight"].shape == (3584, 128)
     assert held["embedding.structure.table.weight"].shape == (9 + 16 + 64 + 64 + 256 + 5, 64)
-    # The copy is of the tokens only.
-    assert not any("ngram" in item.name for item in rank_parameters(intent, 1))
+    copied = [item for item in rank_parameters(intent, 1) if item.name in held]
+    assert [(item.name, item.shape) for item in copied] == [
+        (name, item.shape) for name, item in held.items() if name.startswith("embedding.")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ def test_help_lists_every_recipe_and_its_parts(nemo):
         # Of a type with several members, such as the model's, NeMo-Run lists any one.
         for full in (name, f"{name}_data", f"{name}_trainer"):
             assert f"│ {full} " in listed
-    assert all(f"│ {name} " in listed for name in ("cpp_headers", "cpp_folder", "indexed_files"))
+    parts = ("cpp_headers", "cpp_folder", "corpus_folders", "indexed_files")
+    assert all(f"│ {name} " in listed for name in parts)
     assert all(f"│ {name} " in nemo("finetune", "--help").output for name in RECIPE_NAMES)
 
 
@@ -103,7 +104,7 @@ def test_parts_are_taken_from_the_registry_with_their_arguments(nemo):
 
 
 def test_data_named_by_what_it_is_keeps_the_recipes_rows_and_batches(nemo):
-    from megacpp_nemo.data.module import CppDataModule, IndexedDataModule
+    from megacpp_nemo.data.module import CorpusDataModule, CppDataModule, IndexedDataModule
     from megacpp_nemo.recipes import nam56r, nam56r_smoke
 
     data = nemo.resolved("nam56r_smoke", "data=cpp_folder(root=/src/project)").data
@@ -121,6 +122,14 @@ def test_data_named_by_what_it_is_keeps_the_recipes_rows_and_batches(nemo):
     assert (data.__fn_or_cls__, data.tokenizer_dir) == (IndexedDataModule, "/data/tok")
     assert data.paths == ["30", "/data/a", "70", "/data/b"]
     assert data.global_batch_size == nam56r().data.global_batch_size
+    data = nemo.resolved(
+        "nam56r_tiny",
+        "data=corpus_folders(folders=['30','/c/a','70','/c/b'])",
+        "data.fim_rate=0.5",
+        "data.structure=all",
+    ).data
+    assert (data.__fn_or_cls__, data.fim_rate) == (CorpusDataModule, 0.5)
+    assert (data.folders, data.structure) == (["30", "/c/a", "70", "/c/b"], "all")
 
 
 @pytest.mark.parametrize(
@@ -157,7 +166,7 @@ def test_a_wrong_recipe_is_refused_in_four_parts(nemo, factory, said):
         ("executor=local", "try:     run.executor=local"),
         ("model=nam56x_model", "nam56r_4096_tiny_model"),
         ("model=nam56r_tiny_model(depth=0)", "depth cannot be 0"),
-        ("data=nope", "cpp_headers, cpp_folder, indexed_files"),
+        ("data=nope", "cpp_headers, cpp_folder, corpus_folders, indexed_files"),
         ("data=cpp_folder", "No folder of C++ sources"),
         ("data=cpp_folder(rot=/src)", "root, tokenizer_dir"),
         ("trainer=nope", "nam56r_tiny_trainer"),

@@ -276,6 +276,12 @@ class TestWhatUsersDo:
         full.data.exclude = ["a/*"]
         assert account(full)["data.exclude"] == "corpus"
 
+    def test_documents_permuted_for_filling_in_are_refused(self, full):
+        full.data.fim_rate, full.data.fim_spm_rate = 0.0, 0.5
+        assert account(full)["data.fim_rate"] == "default"
+        full.data.fim_rate = 0.5
+        assert "data.fim_rate has no place in a recipe" in refused(full).what
+
     def test_loading_and_caching_are_the_launch_policys(self, full):
         full.data.num_workers, full.data.cache_dir = 3, Path("/cache")
         claims = account(full)

@@ -29,6 +29,7 @@ WORDS: dict[str, tuple[Any, ...]] = {
     "model.experts.activation": ("swiglu", "gelu"),
     "model.sparse_attention.a_ranks": ((0, 1),),
     "model.embedding.ngram.orders": ((2, 4),),
+    "model.embedding.ngram.placement": ("host",),
     "name": ("mine",),
     "corpus": ("sources", "indexed"),
     "features.kernels": ("available", "required"),

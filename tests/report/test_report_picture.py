@@ -78,7 +78,7 @@ def test_stages_and_chunks_are_told(on):
 
 
 def test_prediction_depths_are_a_seam_where_the_release_has_none(on):
-    for release, owner in (("0.16.1", "seam mtp, not built"), ("0.19.0", "native")):
+    for release, owner in (("0.16.1", "seam mtp, in a NeMo run only"), ("0.19.0", "native")):
         (depth,) = on(release, "nam56r").picture.depths
         assert {cell.owned for cell in depth} == {owner}
         assert [cell.letter for cell in depth] == ["+", "A", "E", "n"]

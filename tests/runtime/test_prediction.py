@@ -1,6 +1,7 @@
 """A recipe with multi-token prediction trains, logs each depth and moves between layouts.
 
-It is a mixture of all that NAM56R has: its Mamba layers are Mamba-3 and one attention layer is DSA.
+It is a mixture of all that NAM56R has: its Mamba layers are Mamba-3, one attention layer is DSA,
+and its input side has the n-gram memory and structure channels.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy
 import pytest
+from torch import nn
 
 from megacpp_nemo.contract.parameters import classify
 from megacpp_nemo.planner.parameters import padded_vocabulary, parameters
@@ -27,6 +29,9 @@ DEPTHS = {
     "features.sparse_attention": True,
     "model.sparse_attention.a_ranks": (1,),
     "model.sparse_attention.indexer_topk": 8,
+    "features.ngram_hash": True,
+    "model.embedding.ngram.table_size": 100,
+    "features.structure": "core",
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2_sequence_parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
@@ -64,7 +69,8 @@ def train_depths(
 
         def on_train_end(self, trainer: Any, *_: Any) -> None:
             (model,) = hybrid_models(trainer.strategy.model)
-            found["embedding"] = model.embedding.word_embeddings.weight.detach().numpy()
+            embedding = getattr(model, "embedding", nn.Module())
+            found["inputs"] = {n: w.detach().numpy() for n, w in embedding.named_parameters()}
             found["shapes"] = {name: tuple(w.shape) for name, w in model.named_parameters()}
             found["kept"] = set(trainer.logged_metrics)
 
@@ -101,9 +107,11 @@ def test_two_processes_log_and_train_what_one_does(
     for result in results:
         numpy.testing.assert_allclose(result["logged"], single["logged"], rtol=2e-5)
     if "pipeline_model_parallel_size" in changes:
-        first, last = (result["embedding"] for result in results)
-        assert numpy.array_equal(first, last)
-        numpy.testing.assert_allclose(first, single["embedding"], atol=1e-4)
+        first, last = (result["inputs"] for result in results)
+        assert first.keys() == last.keys() == single["inputs"].keys()
+        for name, weight in single["inputs"].items():
+            assert numpy.array_equal(first[name], last[name]), name
+            numpy.testing.assert_allclose(first[name], weight, atol=1e-4, err_msg=name)
 
 
 @pytest.mark.two_process

@@ -14,8 +14,6 @@ from tests.support.training import configure, small_recipe, train
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"ngram_hash": True}, "n-gram memory"),
-        ({"features.structure": "core"}, "code-structure channels"),
         ({"precision": "fp8_experts"}, "FP8 without Transformer Engine"),
         ({"features.kernels": "required"}, "transformer-engine, mamba-ssm, causal-conv1d"),
     ],

@@ -221,6 +221,7 @@ WORDS: dict[str, tuple[Any, ...]] = {
     "precision": ("fp32", "bf16", "fp8_experts"),
     "model.sparse_attention.a_ranks": ((0,), (), (1,)),
     "model.embedding.ngram.orders": ((2, 4), (2, 3)),
+    "model.embedding.ngram.placement": ("host", "device"),
     "model.experts.activation": ("swiglu", "gelu", "squared_relu"),
     "model.mtp.pattern": ("AE", "M"),
     "features.mamba": ("author", "native"),
