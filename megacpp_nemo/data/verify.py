@@ -199,8 +199,9 @@ def _id_findings(corpus: Corpus, split: Split, channel: str | None, count: int) 
         lengths = open_indexed(corpus.prefix(split, channel)).sequence_lengths
         document = int(np.searchsorted(np.cumsum(lengths, dtype=np.int64), first, side="right"))
         what = "The tokens" if channel is None else f"The channel {channel}"
+        ids = "1 id is" if wrong == 1 else f"{wrong:,} ids are"
         yield (
-            f"{what} of {split} have {wrong:,} ids out of range (0 to {count - 1}), the first, "
+            f"{what} of {split}: {ids} out of range (0 to {count - 1}), the first, "
             f"{int(elements[first])}, in {_name(corpus, split, document)}."
         )
 

@@ -124,9 +124,9 @@ def test_many_documents_that_differ_are_told_in_part(copied):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("train.category", 10, r"channel category of train have 1 ids out of range \(0 to 9\)"),
-        ("train.node_type", 257, r"channel node_type of train have 1 ids .*\(0 to 256\).*257"),
-        ("train", 300, r"The tokens of train have 1 ids out of range \(0 to 299\).*300"),
+        ("train.category", 10, r"channel category of train: 1 id is out of range \(0 to 9\)"),
+        ("train.node_type", 257, r"channel node_type of train: 1 id is .*\(0 to 256\).*257"),
+        ("train", 300, r"The tokens of train: 1 id is out of range \(0 to 299\).*300"),
     ],
 )
 def test_an_id_out_of_range_is_found_and_its_document_named(copied, built, name, value, message):

@@ -82,6 +82,7 @@ def overlapped_losses(bucket_size: int | None) -> list[float | None]:
         optimizer = get_megatron_optimizer(settings, [wrapped])
         losses = []
         for number in range(4):
+            optimizer.zero_grad()
             losses.append(run_step(wrapped, config, number))
             optimizer.step()
         return losses
