@@ -30,9 +30,10 @@ from pathlib import Path
 from typing import Any
 
 from megacpp_nemo import __version__
-from megacpp_nemo.data import cache, corpus_build, corpus_folder, merge, positions, shards, syntax
+from megacpp_nemo.data import cache, corpus_build, corpus_folder, merge, positions, shards
 from megacpp_nemo.data.corpus import CorpusSpec, build_folder
 from megacpp_nemo.data.verify import verify_folder
+from megacpp_nemo.syntax import paint
 
 RESULTS = Path(__file__).parent / "results" / "corpus.json"
 # Where functions are called from, and what their time is called.
@@ -47,7 +48,7 @@ PHASES: dict[str, list[tuple[Any, str]]] = {
         (positions.DocumentEncoder, "ids"),
     ],
     "  parse, paint, find types, sample": [(shards, "sampled")],
-    "    of it parse and walk the trees": [(syntax, "read_forest")],
+    "    of it parse and walk the trees": [(paint, "read_forest")],
     "  write": [(shards, "write_shard")],
     "merge": [(corpus_build, "merge_shards")],
     "  dependency levels": [(merge, "_levels")],
