@@ -13,6 +13,14 @@ from megacpp_nemo.lowering.policy import LaunchOptions
 
 # Parts of a NeMo recipe that no field of ours begins with.
 PARTS = ("trainer", "data", "optim", "log", "resume")
+# What data modules cannot do without, and what gives it to them.
+NEEDED = {
+    "IndexedDataModule": {
+        "paths": "files.data_path=PREFIX",
+        "tokenizer_dir": "files.tokenizer_dir=FOLDER",
+    },
+    "CorpusDataModule": {"folders": "data.folders=DIR"},
+}
 
 
 def is_override(word: str) -> bool:
@@ -65,12 +73,9 @@ def _refuse_unbuilt(plan: LaunchPlan, task: Any) -> None:
 
 def open_of(task: Any) -> list[str]:
     """Return what a NeMo recipe lacks before it can start, as what settles it."""
-    data = task.data
-    if data.__fn_or_cls__.__name__ != "IndexedDataModule":
-        return []
-    given = data.__arguments__
-    lacking = [("paths", "files.data_path=PREFIX"), ("tokenizer_dir", "files.tokenizer_dir=FOLDER")]
-    return [settle for name, settle in lacking if not given.get(name)]
+    lacking = NEEDED.get(task.data.__fn_or_cls__.__name__, {})
+    given = task.data.__arguments__
+    return [settle for name, settle in lacking.items() if not given.get(name)]
 
 
 def megatron_task(

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from megacpp_nemo.model.documents import DocumentBoundaries
 from megacpp_nemo.model.embedding import InputEmbedding
 from megacpp_nemo.model.prediction import DepthLosses, PredictionBlock
-from megacpp_nemo.model.tied import as_replicas, order_parts, tie
+from megacpp_nemo.model.tied import as_replicas, order_parts, refuse_drift, tie
 from megacpp_nemo.model.unused import zero_of
 
 
@@ -143,6 +143,8 @@ class HybridMambaModel(MambaModel):
             structure: Ids `[batch, seq]` of the structure channels by name; None if all are absent.
             **kwargs: Megatron's further arguments.
         """
+        if self.training and self.has_tied_inputs:
+            refuse_drift(self)
         if self.mtp_process and self.training and labels is not None:
             self._batch = _Batch(
                 input_ids=input_ids, position_ids=position_ids, labels=labels, loss_mask=loss_mask

@@ -5,6 +5,7 @@ equal; this does it for the n-gram memory and the structure embedding:
 
 - `tie`: equal at first, and marked for Megatron's optimizer.
 - `with_copies`: Megatron's end of a backward pass, and the sum of both stages' gradients.
+- `refuse_drift`: no training without it.
 - `as_replicas`: the copy in a checkpoint, which has one.
 """
 
@@ -18,6 +19,8 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor, nn
+
+from megacpp_nemo.contract.errors import RuntimeRefusal
 
 # Parts of the input embedding that Megatron does not know of.
 MEMORY, STRUCTURE = "ngram_hash", "structure"
@@ -76,7 +79,31 @@ def with_copies(finalize: Callable[..., None]) -> Callable[..., None]:
         for chunk in model:
             sum_gradients(chunk)
 
+    finalize_model_grads.sums_copies = True  # type: ignore[attr-defined]
     return finalize_model_grads
+
+
+def refuse_drift(model: Any) -> None:
+    """Refuse to train where nothing would keep the copies equal.
+
+    Args:
+        model: A pipeline stage of a hybrid model whose inputs are tied.
+
+    Raises:
+        RuntimeRefusal: If gradients are finished by another function than `with_copies` makes.
+    """
+    config = model.config
+    finalize = config.finalize_model_grads_func
+    ours = config.ngram_hash or config.structure
+    if not ours or finalize is None or getattr(finalize, "sums_copies", False):
+        return
+    raise RuntimeRefusal(
+        "The copies of the input embedding would drift apart: nothing sums their gradients",
+        given="n-gram memory or structure channels, prediction depths on another pipeline stage, "
+        "and a strategy that does not know of them",
+        allowed="HybridStrategy, or a finalize_model_grads_func from tied.with_copies",
+        hint="megacpp_nemo.host.strategy.HybridStrategy in place of MegatronStrategy",
+    )
 
 
 def sum_gradients(chunk: nn.Module) -> None:

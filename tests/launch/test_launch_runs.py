@@ -219,6 +219,8 @@ def test_without_data_a_full_size_recipe_does_not_start(megacpp, tmp_path, monke
     result = megacpp("launch", *words.split())
     assert result.code == 3
     assert "try:     files.data_path=PREFIX files.tokenizer_dir=FOLDER" in result.err
+    result = megacpp("launch", *words.split(), "data=corpus_folders")
+    assert (result.code, "data.folders=DIR" in result.err) == (3, True)
 
 
 SBATCH = """\

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -24,8 +25,9 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
+from megacpp_nemo.contract.errors import RuntimeRefusal
 from megacpp_nemo.contract.structure import STRUCTURE_CHANNELS
-from megacpp_nemo.model.tied import with_copies
+from megacpp_nemo.model.tied import refuse_drift, with_copies
 from tests.model.building import (
     boundaries_of,
     build_model,
@@ -227,3 +229,18 @@ def test_stages_of_several_processes_share_an_optimizer_and_stay_equal(tmp_path)
     found = compare(tmp_path, "AE|MR", PIPELINE, ranks=4, buffers=buffers, **changes)
     assert_equal_inputs(*found)
     assert (tmp_path / "many" / "optimizer" / "metadata.json").is_file()
+
+
+def test_a_strategy_that_would_let_the_copies_drift_is_refused():
+    def stage(finalize: Any, **inputs: Any) -> Any:
+        config = SimpleNamespace(
+            finalize_model_grads_func=finalize,
+            **{"ngram_hash": False, "structure": None, **inputs},
+        )
+        return SimpleNamespace(config=config)
+
+    for inputs in ({"ngram_hash": True}, {"structure": "core"}):
+        with pytest.raises(RuntimeRefusal, match="nothing sums their gradients"):
+            refuse_drift(stage(finalize_model_grads, **inputs))
+        refuse_drift(stage(with_copies(finalize_model_grads), **inputs))
+    refuse_drift(stage(finalize_model_grads))
