@@ -43,16 +43,18 @@ def with_host_tables(
     Raises:
         RuntimeRefusal: If the configuration is one that such tables cannot be trained with.
     """
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    # Whoever asks NeMo's adapter for the optimizer has it already.
+    trained = [part.table for part in chained if isinstance(part, HostTableOptimizer)]
     found = [
         (name, module)
         for chunk in model_chunks
         for name, module in chunk.named_modules()
-        if isinstance(module, HostNgramTable)
+        if isinstance(module, HostNgramTable) and not any(module is each for each in trained)
     ]
     if not found:
         return optimizer
     _refuse_optimizer(config)
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
     tables = [
         HostTableOptimizer(table, f"{name}.weight", config, overrides) for name, table in found
     ]

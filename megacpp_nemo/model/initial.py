@@ -51,8 +51,10 @@ def inverse_softplus_steps(count: int, dtype: torch.dtype) -> Tensor:
     return (steps + torch.log(-torch.expm1(-steps))).to(dtype)
 
 
-def unit_rows(weight: Tensor, width: int, first: int, *, seed: int, name: str) -> None:
-    """Fill a part of a table with normal rows, of length 1 in expectation.
+def normal_rows(
+    weight: Tensor, width: int, first: int, *, std: float, seed: int, name: str
+) -> None:
+    """Fill a part of a table with normal values.
 
     The table has a generator of its own, of the CPU: it is the same whatever splits it and
     wherever it lies, and what is drawn for the rest of the model is the same with and without it.
@@ -61,6 +63,7 @@ def unit_rows(weight: Tensor, width: int, first: int, *, seed: int, name: str) -
         weight: `[rows, part]`, columns `first` to `first + part` of the table.
         width: Columns of the whole table.
         first: First column of the part.
+        std: Standard deviation of the values.
         seed: The model's.
         name: Of the table, which tells its draw from those of others.
     """
@@ -70,4 +73,4 @@ def unit_rows(weight: Tensor, width: int, first: int, *, seed: int, name: str) -
     with torch.no_grad():
         for rows in weight.split(TABLE_BLOCK):
             whole = torch.randn(len(rows), width, generator=draw, device="cpu")
-            rows.copy_(whole[:, first : first + weight.size(1)] * width**-0.5)
+            rows.copy_(whole[:, first : first + weight.size(1)] * std)

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from megacpp_nemo.contract.errors import RuntimeRefusal
 from megacpp_nemo.contract.shapes import PLACEMENTS
-from megacpp_nemo.model.initial import parameter_device, unit_rows
+from megacpp_nemo.model.initial import normal_rows, parameter_device
 
 NO_ROW = -1
 DEVICE, HOST = PLACEMENTS
@@ -50,7 +50,9 @@ class NgramTable(MegatronModule):
         ):
             setattr(self.weight, name, value)
         if config.perform_initialization:
-            unit_rows(self.weight, width, first, seed=config.seed, name="ngram_hash")
+            # As the tokens are: most rows are read seldom, and what was drawn for them is noise.
+            std = config.init_method_std
+            normal_rows(self.weight, width, first, std=std, seed=config.seed, name="ngram_hash")
 
     def _allocate(self, rows: int, part: int) -> None:
         kind = {"device": parameter_device(), "dtype": self.config.params_dtype}

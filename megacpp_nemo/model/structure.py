@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megacpp_nemo.contract.errors import RuntimeRefusal
 from megacpp_nemo.contract.structure import STRUCTURE_CHANNELS
-from megacpp_nemo.model.initial import parameter_device, unit_rows
+from megacpp_nemo.model.initial import normal_rows, parameter_device
 
 WHOLE_NUMBERS = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.int32, torch.int64)
 
@@ -47,7 +47,14 @@ class StructureEmbedding(MegatronModule):
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         if config.perform_initialization:
-            unit_rows(self.table.weight, bottleneck, 0, seed=config.seed, name="structure")
+            normal_rows(
+                self.table.weight,
+                bottleneck,
+                0,
+                std=bottleneck**-0.5,  # rows of length 1: each is read in every batch
+                seed=config.seed,
+                name="structure",
+            )
 
     def rows(self, structure: Mapping[str, Tensor] | None, tokens: Tensor) -> Tensor:
         """Return rows of the table `[batch, seq, channels]`, int64.

@@ -13,6 +13,7 @@ import pytest
 
 from megacpp_nemo.data.corpus import Corpus, CorpusSpec, build_corpus
 from megacpp_nemo.host import compat
+from tests.data.trees import cpp_text, write_tree
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,26 +26,6 @@ def _private_user_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch) -
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("xdg")))
     for name in ("RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
-
-
-def cpp_text(seed: int, lines: int = 40) -> str:
-    """Return made-up C++ that differs from every other seed's."""
-    rng = random.Random(seed)
-    words = ["tensor", "stride", "kernel", "buffer", "offset", "index", "scale", "bias"]
-    body = [
-        f"  auto {rng.choice(words)}{rng.randrange(50)} = {rng.choice(words)}({rng.randrange(99)});"
-        for _ in range(lines)
-    ]
-    return f"// file {seed}\nint function_{seed}() {{\n" + "\n".join(body) + "\n  return 0;\n}\n"
-
-
-def write_tree(root: Path, files: int = 24, lines: int = 40) -> Path:
-    """Write `files` distinct sources under `root`, some in folders."""
-    for number in range(files):
-        path = root / f"part{number % 3}" / f"unit{number:03d}.cpp"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(cpp_text(number, lines), encoding="utf-8")
-    return root
 
 
 @pytest.fixture(scope="session")

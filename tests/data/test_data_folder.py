@@ -28,6 +28,7 @@ from megacpp_nemo.data.sources import SourceFile
 from megacpp_nemo.syntax import table
 from megacpp_nemo.syntax.dependencies import dependency_levels
 from megacpp_nemo.syntax.paint import read_syntax
+from tests.data.trees import write_tree
 
 ODD = {
     "names.h": '#pragma once\n#include "types.h"\n// größe 数 🙂\nstruct Name { Type type; };\n',
@@ -52,8 +53,6 @@ def small_shards(monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> Path:
-    from conftest import write_tree
-
     root = write_tree(tmp_path_factory.mktemp("odd") / "src", files=24)
     for name, text in ODD.items():
         (root / name).write_bytes(text.encode())

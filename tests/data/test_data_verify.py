@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_tree
 
 from megacpp_nemo.contract.errors import DataError
 from megacpp_nemo.data.cache import write_manifest
@@ -18,6 +17,7 @@ from megacpp_nemo.data.indexed import open_indexed, read_elements
 from megacpp_nemo.data.indexed_writer import IndexedWriter
 from megacpp_nemo.data.verify import verify_folder
 from megacpp_nemo.syntax import table
+from tests.data.trees import write_tree
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ if rank == "1":
         os.kill(os.getpid(), 9)
     print("rank 1 has had enough", file=sys.stderr, flush=True)
     mark.touch()
-    sys.exit(7)
+    os._exit(7)  # at once: the other rank ends as soon as it sees the mark
 if os.environ.get("LATER"):
     while not mark.exists():
         time.sleep(0.01)

@@ -91,4 +91,6 @@ def overlapped_losses(bucket_size: int | None) -> list[float | None]:
 def test_weights_gathered_while_the_next_step_runs_are_waited_for():
     """Megatron waits for a parameter when the module that has it is called."""
     expected = in_processes(overlapped_losses, None, ranks=2)
-    assert in_processes(overlapped_losses, 400, ranks=2) == expected
+    found = in_processes(overlapped_losses, 400, ranks=2)
+    # Buckets of another size sum in another order.
+    numpy.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -79,7 +79,7 @@ def test_a_stages_initial_copy_is_the_first_stages_whatever_either_draws():
         def draw(weight: Any, *_: object, **__: object) -> None:
             weight.data.normal_()
 
-        ngram.unit_rows = structure.unit_rows = draw
+        ngram.normal_rows = structure.normal_rows = draw
         with megatron(**PIPELINE):
             model = build_model(small_config("A|M", **PIPELINE, **DEPTHS), shake=False)
             return {

@@ -170,11 +170,11 @@ def test_the_memory_is_its_plain_formula(orders):
 
 
 @pytest.mark.usefixtures("one_process")
-def test_the_table_starts_with_rows_of_length_one_and_the_projection_with_zeros():
+def test_the_table_starts_as_the_tokens_do_and_the_projection_with_zeros():
     config = small_config("M", ngram_hash=True, ngram_table_size=2000)
     memory = NgramMemory(config, NgramHashShape(table_size=2000), groups().tp)
     table = memory.table.weight
     assert table.shape == (sum(memory.hash.table_sizes), 16)
-    assert table.square().sum(1).mean().item() == pytest.approx(1, abs=0.01)
+    assert table.std().item() == pytest.approx(config.init_method_std, rel=0.01)
     assert abs(table.mean().item()) < 0.001
     assert not memory.out_proj.weight.any()
